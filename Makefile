@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all set-up themselves, from a fresh clone.
+# GPU or CPU build of PyTorch: see "Install" in the README. Example for another build:
+#   make setup TORCH="torch==2.13.0 --index-url <the index that pytorch.org names for your CUDA>"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint pretrain clean
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,math]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/opd-env train configs/demo.yaml
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(READY) lint
+	$(BIN)/pytest
+
+# Trains the packaged tokenizer, teacher and student again from their seeds (about 30 minutes on 2 cores).
+pretrain: $(READY)
+	$(BIN)/python scripts/pretrain.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,121 @@
+"""What a task is: numbered examples, a grader, and (where one exists) an expert to learn from.
+
+Worked example, a task of one's own in ten lines::
+
+    @register_task("double")
+    class Double(Task):
+        version = "1"
+        tools = ("calculator",)
+        splits = ("train", "test")
+
+        def __len__(self) -> int:
+            return 100
+
+        def example(self, index: int) -> Example:
+            return Example(id=str(index), messages=(user(f"What is {index} times 2?"),), answer=str(index * 2))
+
+        def grade(self, example, answer, turns=()):
+            return grade_number(answer, example.answer)
+
+Test it alone: ``pytest tests/tasks/test_base.py``
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from opd_env.messages import Message
+from opd_env.tools import Tool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem. A pure function of (task, version, split, index)."""
+
+    id: str
+    """Stable and unique within the split; results are paired and resumed by it."""
+    messages: tuple[Message, ...]
+    """The opening messages: an optional system message, then the user's."""
+    answer: str
+    """The gold answer, as the grader reads it. Never shown to the student."""
+    difficulty: int = 0
+    """Level within the task, for reports per difficulty and for curricula."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else that the grader or a report needs (JSON values)."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A verdict on one final answer."""
+
+    correct: bool
+    extracted: str | None = None
+    """What the grader read out of the answer; None when it found nothing."""
+    reason: str = ""
+    """One sentence on why the answer is wrong; empty when it is right."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers by name, such as ``strict`` and ``flexible``."""
+
+
+class Task(ABC, Sequence[Example]):
+    """Examples of one split, and how to grade an answer to them."""
+
+    name: str = ""
+    """Set by ``register_task``."""
+    version: ClassVar[str]
+    """Changes whenever an example's text, answer or grade would."""
+    tools: Sequence[str | Tool] = ()
+    """What the student may call unless the user says otherwise: registered names, or tools bound to this task."""
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    licence: ClassVar[str] = "Apache-2.0"
+    redistributable: ClassVar[bool] = True
+    train_splits: ClassVar[tuple[str, ...]] = ("train",)
+    """Splits that may be trained on. Training on any other is refused."""
+
+    def __init__(self, split: str = "train") -> None:
+        if split not in self.splits:
+            raise ValueError(f"{type(self).__name__} has no split {split!r}; it has {', '.join(self.splits)}")
+        self.split = split
+
+    @property
+    def train_allowed(self) -> bool:
+        """Whether this split may be trained on."""
+        return self.split in self.train_splits
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def example(self, index: int) -> Example:
+        """The example at ``index``, which lies in ``range(len(self))``."""
+
+    @abstractmethod
+    def grade(self, example: Example, answer: str | None, turns: Sequence[Message] = ()) -> Grade:
+        """Judges the student's final answer.
+
+        Args:
+            example: the problem.
+            answer: text of the final assistant turn; None when the episode ended without one.
+            turns: the student's own messages of the episode. Tool output is not among them: a grader
+                that could read it would credit a number that the student never wrote.
+        """
+
+    def expert(self, example: Example) -> list[Message] | None:
+        """The rest of a correct conversation: assistant turns with tool calls, the tool results that they
+        must get, the final answer. None when the task has no expert. Callers play it through the real tools
+        and keep it only if every tool answers as expected and the grade is correct.
+        """
+        return None
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.example(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.name or type(self).__name__} has {len(self)} examples, no number {index}")
+        return self.example(index % len(self))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.example(i) for i in range(len(self)))
