@@ -25,10 +25,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from opd_env.messages import Message
-from opd_env.tools import Tool
+
+if TYPE_CHECKING:
+    from opd_env.tools import Tool
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,24 @@ class Task(ABC, Sequence[Example]):
         if isinstance(index, slice):
             return [self.example(i) for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name or type(self).__name__} has {len(self)} examples, no number {index}")
+            raise IndexError(
+                f"{self.name or type(self).__name__} has {len(self)} examples, no number {index}"
+            )
         return self.example(index % len(self))
 
     def __iter__(self) -> Iterator[Example]:
         return (self.example(i) for i in range(len(self)))
+
+
+def require_trainable(task: Task) -> None:
+    """Refuses to train on a split that is there to measure with.
+
+    Raises:
+        ValueError: the task's split is not one of its ``train_splits``.
+    """
+    if not task.train_allowed:
+        allowed = ", ".join(repr(split) for split in task.train_splits)
+        raise ValueError(
+            f"split {task.split!r} of task {task.name or type(task).__name__!r} is for evaluation only; "
+            + (f"train on {allowed} instead" if allowed else "nothing of this task may be trained on")
+        )
