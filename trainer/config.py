@@ -1,0 +1,315 @@
+"""Every setting of a distillation run, typed, documented and checked before anything is loaded.
+
+Worked example::
+
+    config = OPDConfig(student="packaged:student", teacher="packaged:teacher", task="arithmetic", steps=20)
+    config = load_config(["configs/demo.yaml", "--divergence", "jsd", "--limits.max_turns", "4"])
+
+Settings that cannot give a right run are refused here with the reason; ``opd_env.configuration`` reads them.
+
+Test it alone: ``pytest tests/trainer/test_config.py``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from opd_env.configuration import ConfigError, configure, fingerprint
+
+UNHASHED = ("output", "resume", "trackers", "checkpoint_every", "checkpoint_keep")
+"""Settings that change where and how often things are written, but no number: not in ``config_hash``."""
+
+
+class Mode(StrEnum):
+    """Weight on the gradient of a sampled token's log-prob; u = teacher probability / student probability."""
+
+    OPD = "opd"
+    """−f(u): stop-gradient, biased for every divergence but reverse KL."""
+    OPD_PLUS = "opd_plus"
+    """−f(u) + u f'(u): the exact gradient of the divergence (arXiv 2606.01039)."""
+    OPD_PLUS_CENTRED = "opd_plus_centred"
+    """OPD+ minus its value at agreement: the same expected gradient with less variance."""
+
+
+class Estimator(StrEnum):
+    """What of the teacher's distribution is used at each sampled token."""
+
+    SAMPLED = "sampled"
+    """The log-prob of the sampled token: all that a remote teacher must give."""
+    FULL = "full"
+    """The sum over the whole vocabulary: no sampling noise, needs a local teacher."""
+
+
+class RatioPolicy(StrEnum):
+    """Which student the teacher is compared with in u."""
+
+    ROLLOUT = "rollout"
+    """The student that sampled (the paper)."""
+    CURRENT = "current"
+    """The student as it is at this update: better when updates are many per rollout."""
+
+
+class Schedule(StrEnum):
+    """Learning rate after the warm-up."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    """Straight down to 0 at the last step."""
+    COSINE = "cosine"
+    """Half a cosine down to 0 at the last step."""
+
+
+class Precision(StrEnum):
+    """Number format of the weights."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Resume(StrEnum):
+    """What to do with a run that is already in the output folder."""
+
+    AUTO = "auto"
+    """Continue it from its newest sound checkpoint."""
+    NEVER = "never"
+    """Remove it and start anew."""
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """Train low-rank adapters (peft) instead of all weights."""
+
+    rank: int = 16
+    """Rank of the adapters, 1 to 1024."""
+    alpha: float = 32.0
+    """Scale: the adapter's output is multiplied by alpha / rank; above 0."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, 0 up to (not including) 1."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the layers that get an adapter; all-linear means every linear layer but the head."""
+
+    def __post_init__(self) -> None:
+        _check(self, "rank", 1, 1024, prefix="lora.")
+        _check(self, "alpha", 0, exclusive=True, prefix="lora.")
+        _check(self, "dropout", 0, 0.999, prefix="lora.")
+        if not self.targets:
+            raise ConfigError("lora.targets is empty; name layers, or all-linear")
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """Budgets of an episode."""
+
+    max_turns: int = 8
+    max_tool_calls: int = 16
+    max_turn_tokens: int = 256
+    max_tokens: int = 1024
+    max_errors: int = 3
+    max_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class OPDConfig:
+    """Settings of one on-policy distillation run.
+
+    Raises:
+        ConfigError: a value out of range, or settings that cannot give a right run together.
+    """
+
+    student: str
+    """The model to train: packaged:student, a folder, a hub id, or smollm2."""
+    teacher: str
+    """The model that scores the student's tokens. The student's own name means its initial weights."""
+    task: str
+    """Registered name of the task to train and evaluate on."""
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the task, such as a data file or difficulty levels."""
+    split: str = "train"
+    """Split to train on; the task must allow training on it."""
+    tools: tuple[str, ...] | None = None
+    """Names of the tools offered to the student; null takes the task's own."""
+    imports: tuple[str, ...] = ()
+    """Python files to run first, so that their @tool and @register_task take effect."""
+    teacher_demonstrations: int = 0
+    """Worked examples of the task put into the teacher's prompt only, 0 to 64 (self-distillation)."""
+
+    divergence: str = "reverse_kl"
+    """Name of the f-divergence between teacher and student."""
+    divergence_options: Mapping[str, float] = field(default_factory=dict)
+    """Parameters of the divergence, such as alpha or beta."""
+    mode: Mode = Mode.OPD_PLUS_CENTRED
+    """The advantage: the paper's corrected one, its centred form, or the biased stop-gradient one."""
+    estimator: Estimator = Estimator.FULL
+    """full sums over the vocabulary; sampled uses one teacher log-prob per token."""
+    gamma: float = 0.0
+    """Discount of later tokens' divergence in a token's advantage, 0 to 1 (sampled estimator)."""
+    ratio_policy: RatioPolicy = RatioPolicy.ROLLOUT
+    """The student that the teacher is compared with when updates_per_step is above 1 (sampled estimator)."""
+    clip_log_ratio: float | None = None
+    """Bound on |log u| in nats, above 0; null does not clip."""
+    clip_ratio: float | None = None
+    """PPO clip of the importance ratio to 1 ± this, above 0; null does not clip (sampled estimator)."""
+    truncate_weight: float | None = None
+    """Upper bound on the importance ratio, at least 1; null does not bound (sampled estimator)."""
+
+    steps: int = 100
+    """Rollout-and-update rounds, 1 or more."""
+    episodes_per_step: int = 64
+    """Episodes sampled per step over all processes, 1 or more."""
+    samples_per_problem: int = 1
+    """Episodes of the same problem within a step, 1 or more; must divide episodes_per_step."""
+    updates_per_step: int = 1
+    """Optimiser updates per step, each on an equal share of the episodes; 1 or more."""
+    tokens_per_microbatch: int = 16384
+    """Padded tokens in one forward and backward pass, 1 or more; memory, not results, depends on it."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW, above 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, 0 or more."""
+    warmup_steps: int = 0
+    """Optimiser updates over which the learning rate rises from 0; 0 or more."""
+    schedule: Schedule = Schedule.CONSTANT
+    """Learning rate after the warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm, above 0."""
+    lora: LoRASettings | None = None
+    """Train low-rank adapters instead of all weights; null trains all weights."""
+    sft_steps: int = 0
+    """Supervised steps on expert episodes before distillation, 0 or more."""
+    sft_learning_rate: float = 1e-3
+    """Learning rate of these steps, above 0."""
+    dtype: Precision = Precision.FLOAT32
+    """Number format of the student's weights."""
+    teacher_dtype: Precision = Precision.FLOAT32
+    """Number format of the teacher's weights."""
+    seed: int = 0
+    """Seed of sampling, problem order and initial adapters, 0 or more."""
+
+    temperature: float = 1.0
+    """Sampling temperature of rollouts, above 0 up to 2; student and teacher are scored at the same one."""
+    top_p: float = 1.0
+    """Must be 1: on-policy distillation needs samples from the full distribution."""
+    top_k: int = 0
+    """Must be 0 (off), for the same reason."""
+    limits: RolloutLimits = RolloutLimits()
+    """Budgets of an episode."""
+    max_logprob_gap: float = 0.05
+    """Warn when sampler and trainer log-probs of a token differ by more on average; nats, above 0."""
+
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates only before and after training."""
+    eval_problems: int = 200
+    """Problems per evaluation, the first of the split; 1 or more."""
+    eval_split: str = "test"
+    """Split to evaluate on; never the one trained on."""
+    eval_samples: int = 1
+    """Episodes per problem in an evaluation, 1 or more."""
+    eval_temperature: float = 0.0
+    """Sampling temperature of evaluations, 0 (greedy) to 2."""
+    checkpoint_every: int = 25
+    """Steps between checkpoints; 0 writes one at the end only."""
+    checkpoint_keep: int = 2
+    """Checkpoints kept, the newest; 1 or more."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow."""
+    output: str = "runs/opd"
+    """Run folder."""
+    resume: Resume = Resume.AUTO
+    """auto continues the run in the output folder; never removes it and starts anew."""
+
+    def __post_init__(self) -> None:
+        for name in ("student", "teacher", "task", "split", "eval_split", "divergence", "output"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; set it")
+        for name in (
+            "steps", "episodes_per_step", "samples_per_problem", "updates_per_step", "tokens_per_microbatch",
+            "eval_problems", "eval_samples", "checkpoint_keep",
+        ):  # fmt: skip
+            _check(self, name, 1)
+        for name in ("weight_decay", "warmup_steps", "sft_steps", "seed", "eval_every", "checkpoint_every"):
+            _check(self, name, 0)
+        for name in ("learning_rate", "sft_learning_rate", "max_grad_norm", "max_logprob_gap"):
+            _check(self, name, 0, exclusive=True)
+        for name in ("clip_log_ratio", "clip_ratio"):
+            if getattr(self, name) is not None:
+                _check(self, name, 0, exclusive=True)
+        if self.truncate_weight is not None:
+            _check(self, "truncate_weight", 1)
+        _check(self, "gamma", 0, 1)
+        _check(self, "teacher_demonstrations", 0, 64)
+        _check(self, "temperature", 0, 2, exclusive=True)
+        _check(self, "eval_temperature", 0, 2)
+        self._refuse_off_policy()
+        self._refuse_contradictions()
+
+    def _refuse_off_policy(self) -> None:
+        reason = "would make the rollouts off-policy (OPD needs samples from the full distribution)"
+        if self.top_p != 1.0:
+            raise ConfigError(f"top_p={self.top_p} {reason}; set top_p=1.0")
+        if self.top_k != 0:
+            raise ConfigError(f"top_k={self.top_k} {reason}; set top_k=0")
+
+    def _refuse_contradictions(self) -> None:
+        if self.eval_split == self.split:
+            raise ConfigError(
+                f"eval_split and split are both {self.split!r}; evaluate on a split that is not trained on"
+            )
+        if self.episodes_per_step % self.samples_per_problem:
+            raise ConfigError(
+                f"episodes_per_step={self.episodes_per_step} is not a multiple of "
+                f"samples_per_problem={self.samples_per_problem}; change one"
+            )
+        if self.updates_per_step > self.episodes_per_step:
+            raise ConfigError(
+                f"updates_per_step={self.updates_per_step} is more than "
+                f"episodes_per_step={self.episodes_per_step}; every update needs an episode"
+            )
+        if self.estimator is Estimator.FULL:
+            for name, off in (("gamma", 0.0), ("clip_ratio", None), ("truncate_weight", None)):
+                if getattr(self, name) != off:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} has no meaning with estimator=full, which sums "
+                        f"over the vocabulary at each token; set estimator=sampled, or leave {name} out"
+                    )
+        if self.warmup_steps > self.steps * self.updates_per_step:
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps} is more than the run's "
+                f"{self.steps * self.updates_per_step} updates; lower it"
+            )
+
+    @property
+    def config_hash(self) -> str:
+        """Equal for runs that must give the same numbers."""
+        return fingerprint(self, without=UNHASHED)
+
+
+def load_config(arguments: Sequence[str], *, prog: str = "opd-env train") -> OPDConfig:
+    """The configuration that YAML files and ``--key value`` options give, later ones winning.
+
+    Raises:
+        ConfigError: one sentence on what is wrong and what to write instead.
+    """
+    return configure(OPDConfig, arguments, prog=prog)
+
+
+def _check(
+    settings: Any,
+    name: str,
+    low: float,
+    high: float | None = None,
+    *,
+    exclusive: bool = False,
+    prefix: str = "",
+) -> None:
+    """Raises unless low ≤ value ≤ high (low < value with ``exclusive``) and the value is a finite number."""
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{prefix}{name}={value!r} is not a number")
+    above = value > low if exclusive else value >= low
+    if not above or (high is not None and not value <= high) or value == float("inf"):
+        bound = f"above {low}" if exclusive else f"at least {low}"
+        limit = "" if high is None else f" and at most {high}"
+        raise ConfigError(f"{prefix}{name}={value} is out of range: it must be {bound}{limit}")
