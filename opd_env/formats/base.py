@@ -1,0 +1,79 @@
+"""What a chat format is: how a model family writes a conversation as tokens, and how its turns are read.
+
+A format is used in one direction only: tokens are appended. What the model sampled is never decoded and encoded
+again; tool results are encoded once, when they arrive.
+
+Test it alone: ``pytest tests/core/test_formats.py``
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_env.formats.parse import ParsedTurn
+from opd_env.messages import Message
+from opd_env.trajectory import TokenKind
+
+
+class Rendered(NamedTuple):
+    """Token ids that the kit appends, and for each its ``TokenKind``."""
+
+    ids: list[int]
+    kinds: list[TokenKind]
+
+
+class ChatFormat(ABC):
+    """Writes prompts and tool results as tokens, and reads what the student sampled."""
+
+    name: ClassVar[str]
+    stop_token_ids: tuple[int, ...]
+    """Any of these ends a turn. The first is the one that the format itself writes."""
+    vocab_size: int
+    """Number of ids of the tokenizer; a model's head may be padded beyond it."""
+
+    @abstractmethod
+    def render_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """The opening messages and tool schemas, up to and with the generation prompt.
+
+        Args:
+            messages: system and user messages.
+            tools: schemas as ``Tool.schema`` gives them.
+        """
+
+    @abstractmethod
+    def render_assistant(self, message: Message) -> list[int]:
+        """An assistant turn as the model would sample it, end-of-turn token included. For experts and tests."""
+
+    @abstractmethod
+    def tool_results(self, messages: Sequence[Message]) -> Rendered:
+        """What follows a sampled turn: separator, tool messages, next generation prompt; with kinds."""
+
+    def render_tool_results(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of ``tool_results``."""
+        return self.tool_results(messages).ids
+
+    @abstractmethod
+    def parse(self, ids: Sequence[int]) -> ParsedTurn:
+        """Reads a sampled turn; spans are of tokens, indices into ``ids``. Total: any ids give a result."""
+
+    @abstractmethod
+    def parse_text(self, text: str) -> ParsedTurn:
+        """Reads a turn given as text without its end-of-turn token; spans are of characters."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of any ids, special tokens written out."""
+
+    def kinds(self, ids: Sequence[int], turn: ParsedTurn) -> NDArray[np.uint8]:
+        """``TokenKind`` of every sampled token of a turn that ``parse`` read, shape ``[len(ids)]``."""
+        kinds = np.full(len(ids), TokenKind.TEXT, dtype=np.uint8)
+        for span in turn.thinking:
+            kinds[span.start : span.stop] = TokenKind.THINKING
+        for call in turn.calls:
+            kinds[call.span.start : call.span.stop] = TokenKind.TOOL_CALL
+        return kinds

