@@ -1,0 +1,224 @@
+"""Uncertainty of what an evaluation reports: rates with intervals, pass@k, and paired comparisons.
+
+The independent unit is the *problem*: k episodes of one problem, and the tool calls inside one episode,
+resemble each other, so an interval that counted them one by one would be too narrow. Worked example::
+
+    rate([1, 0, 1, 1])                           # one episode per problem: Wilson interval, n = 4
+    rate([3, 0, 4, 1], [4, 4, 4, 4])             # four episodes per problem: bootstrap over problems, n = 4
+    pass_at_k(episodes=4, correct=1, k=2)        # 0.5
+    compare_paired([0, 1, 0], [1, 1, 1])         # difference 0.67, two problems gained, none lost
+
+Test it alone: ``pytest tests/core/test_statistics.py``
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+_CELLS_AT_ONCE = 2_000_000
+"""Bootstrap indices held in memory at once (16 MB)."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share with its 95 % interval. ``str()`` gives ``84.0 % [79.1, 88.0]``."""
+
+    value: float
+    """NaN when nothing was observed."""
+    low: float
+    high: float
+    n: int
+    """Problems that the value rests on (not episodes, not calls)."""
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "–"
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+    def overlaps(self, other: Rate) -> bool:
+        """Whether the two intervals share a point."""
+        return self.low <= other.high and other.low <= self.high
+
+
+NO_RATE = Rate(math.nan, math.nan, math.nan, 0)
+"""Nothing was observed."""
+
+
+def wilson(successes: int, n: int) -> Rate:
+    """A share of independent yes-or-no trials with its Wilson score interval.
+
+    Never leaves [0, 1] and keeps a width at 0 and at n successes, where the normal interval has none.
+    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927), p. 209.
+
+    Raises:
+        ValueError: ``successes`` is not in 0 … n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n} trials; expected 0 <= successes <= trials")
+    if n == 0:
+        return NO_RATE
+    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # The two ends are exact; only rounding could put them a hair beyond the share itself.
+    return Rate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
+
+
+def rate(successes: ArrayLike, trials: ArrayLike | None = None, *, seed: int = 0) -> Rate:
+    """The pooled share ``sum(successes) / sum(trials)`` with an interval that is clustered by problem.
+
+    One yes-or-no trial per problem gives the Wilson interval; anything else a percentile bootstrap that
+    draws whole problems. A bootstrap of problems that are all 0 or all 1 has no width; there the interval is
+    Wilson's with one trial per problem, which is what remains known when trials of a problem always agree.
+
+    Args:
+        successes: one number per problem, shape ``[problems]``: successful trials, or any sum of scores in
+            0 … ``trials``.
+        trials: trials per problem, same shape; None means one each. Problems without a trial are left out.
+        seed: seed of the bootstrap.
+
+    Raises:
+        ValueError: the shapes differ or a success count lies outside 0 … trials.
+    """
+    successes_P = np.asarray(successes, dtype=np.float64).reshape(-1)
+    trials_P = (
+        np.ones_like(successes_P) if trials is None else np.asarray(trials, dtype=np.float64).reshape(-1)
+    )
+    if successes_P.shape != trials_P.shape:
+        raise ValueError(
+            f"{len(successes_P)} success counts but {len(trials_P)} trial counts; expected one per problem"
+        )
+    bad = ~((successes_P >= 0) & (successes_P <= trials_P))
+    if bad.any():
+        problem = int(np.argmax(bad))
+        raise ValueError(f"problem {problem}: {successes_P[problem]} successes of {trials_P[problem]} trials")
+    seen = trials_P > 0
+    successes_P, trials_P = successes_P[seen], trials_P[seen]
+    problems = len(successes_P)
+    if problems == 0:
+        return NO_RATE
+    value = float(successes_P.sum() / trials_P.sum())
+    binary = bool(np.isin(successes_P, (0, 1)).all() and (trials_P == 1).all())
+    if binary or value in (0.0, 1.0):
+        edge = wilson(round(value * problems), problems)
+        return Rate(value, edge.low, edge.high, problems)
+    low, high = bootstrap_interval(successes_P, trials_P, seed=seed)
+    return Rate(value, low, high, problems)
+
+
+def bootstrap_interval(
+    numerators: ArrayLike, denominators: ArrayLike | None = None, *, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of ``sum(numerators) / sum(denominators)``, problems drawn with replacement.
+
+    Args:
+        numerators: one number per problem, shape ``[problems]``, at least one problem.
+        denominators: positive, same shape; None means 1 each (the interval of a mean).
+        seed: seed of the draws: same numbers, same interval.
+
+    Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+    """
+    numerators_P = np.asarray(numerators, dtype=np.float64)
+    denominators_P = (
+        np.ones_like(numerators_P) if denominators is None else np.asarray(denominators, dtype=np.float64)
+    )
+    problems = len(numerators_P)
+    rng = np.random.default_rng(seed)
+    block = max(1, _CELLS_AT_ONCE // problems)
+    ratios: list[NDArray[np.float64]] = []
+    for start in range(0, RESAMPLES, block):
+        drawn_RP = rng.integers(problems, size=(min(block, RESAMPLES - start), problems))
+        ratios.append(numerators_P[drawn_RP].sum(axis=1) / denominators_P[drawn_RP].sum(axis=1))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def pass_at_k(episodes: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k episodes is correct.
+
+    ``1 − C(n − c, k) / C(n, k)``; NaN when there are fewer than k episodes to estimate it from.
+    Source: M. Chen et al., Evaluating Large Language Models Trained on Code, arXiv 2107.03374, equation 1.
+
+    Raises:
+        ValueError: ``k < 1`` or ``correct`` is not in 0 … episodes.
+    """
+    if k < 1 or not 0 <= correct <= episodes:
+        raise ValueError(
+            f"pass@{k} of {correct} correct among {episodes}; expected k >= 1 and 0 <= correct <= episodes"
+        )
+    if episodes < k:
+        return math.nan
+    return 1 - math.comb(episodes - correct, k) / math.comb(episodes, k)
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Two models on the same problems."""
+
+    difference: float
+    """Mean score of the second minus the first."""
+    low: float
+    high: float
+    n: int
+    """Problems."""
+    gained: int
+    """Problems on which the second scores higher."""
+    lost: int
+    """Problems on which the first scores higher."""
+    p_value: float
+    """Two-sided exact sign test; McNemar's exact test when every score is 0 or 1."""
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.difference:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}],"
+            f" {self.gained} gained, {self.lost} lost, p = {self.p_value:.2g}"
+        )
+
+
+def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> PairedComparison:
+    """Compares two models problem by problem, which is sharper than comparing two intervals.
+
+    The interval of yes-or-no scores is Bonett and Price's (one gained and one lost problem are added, so
+    that it keeps a width without flips; J. Educ. Behav. Stat. 37 (2012), p. 479); of any other scores, a
+    bootstrap over problems.
+
+    Args:
+        first: one score in 0 … 1 per problem; the mean over its episodes when there are several.
+        second: the same problems in the same order.
+        seed: seed of the bootstrap.
+
+    Raises:
+        ValueError: different lengths, or no problem.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(
+            f"{len(first)} and {len(second)} scores; a paired comparison needs one of each per problem"
+        )
+    difference_P = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    n = len(difference_P)
+    gained, lost = int((difference_P > 0).sum()), int((difference_P < 0).sum())
+    if np.isin(difference_P, (-1, 0, 1)).all():
+        padded = np.append(difference_P, (1.0, -1.0))
+        half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * float(padded.std()) / math.sqrt(n + 2)
+        centre = float(padded.mean())
+        low, high = max(-1.0, centre - half), min(1.0, centre + half)
+    else:
+        low, high = bootstrap_interval(difference_P, seed=seed)
+    return PairedComparison(float(difference_P.mean()), low, high, n, gained, lost, sign_test(gained, lost))
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Exact p-value that gains and losses are equally likely: ``2 P(X ≤ min)``, X ~ Binomial(both, ½)."""
+    flips = gained + lost
+    tail = sum(math.comb(flips, i) for i in range(min(gained, lost) + 1))
+    return min(1.0, float(2 * tail / 2**flips))
