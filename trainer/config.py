@@ -18,29 +18,11 @@ from enum import StrEnum
 from typing import Any
 
 from opd_env.configuration import ConfigError, configure, fingerprint
+from opd_env.limits import RolloutLimits
+from opd_env.trainer.modes import Estimator, Mode
 
 UNHASHED = ("output", "resume", "trackers", "checkpoint_every", "checkpoint_keep")
 """Settings that change where and how often things are written, but no number: not in ``config_hash``."""
-
-
-class Mode(StrEnum):
-    """Weight on the gradient of a sampled token's log-prob; u = teacher probability / student probability."""
-
-    OPD = "opd"
-    """−f(u): stop-gradient, biased for every divergence but reverse KL."""
-    OPD_PLUS = "opd_plus"
-    """−f(u) + u f'(u): the exact gradient of the divergence (arXiv 2606.01039)."""
-    OPD_PLUS_CENTRED = "opd_plus_centred"
-    """OPD+ minus its value at agreement: the same expected gradient with less variance."""
-
-
-class Estimator(StrEnum):
-    """What of the teacher's distribution is used at each sampled token."""
-
-    SAMPLED = "sampled"
-    """The log-prob of the sampled token: all that a remote teacher must give."""
-    FULL = "full"
-    """The sum over the whole vocabulary: no sampling noise, needs a local teacher."""
 
 
 class RatioPolicy(StrEnum):
@@ -100,18 +82,6 @@ class LoRASettings:
 
 
 @dataclass(frozen=True)
-class RolloutLimits:
-    """Budgets of an episode."""
-
-    max_turns: int = 8
-    max_tool_calls: int = 16
-    max_turn_tokens: int = 256
-    max_tokens: int = 1024
-    max_errors: int = 3
-    max_seconds: float = 600.0
-
-
-@dataclass(frozen=True)
 class OPDConfig:
     """Settings of one on-policy distillation run.
 
@@ -151,7 +121,7 @@ class OPDConfig:
     clip_log_ratio: float | None = None
     """Bound on |log u| in nats, above 0; null does not clip."""
     clip_ratio: float | None = None
-    """PPO clip of the importance ratio to 1 ± this, above 0; null does not clip (sampled estimator)."""
+    """PPO clip of the importance ratio to 1 ± this, 0 to 1; null does not clip (sampled estimator)."""
     truncate_weight: float | None = None
     """Upper bound on the importance ratio, at least 1; null does not bound (sampled estimator)."""
 
@@ -194,7 +164,7 @@ class OPDConfig:
     """Must be 1: on-policy distillation needs samples from the full distribution."""
     top_k: int = 0
     """Must be 0 (off), for the same reason."""
-    limits: RolloutLimits = RolloutLimits()
+    limits: RolloutLimits = field(default_factory=RolloutLimits)
     """Budgets of an episode."""
     max_logprob_gap: float = 0.05
     """Warn when sampler and trainer log-probs of a token differ by more on average; nats, above 0."""
@@ -233,9 +203,10 @@ class OPDConfig:
             _check(self, name, 0)
         for name in ("learning_rate", "sft_learning_rate", "max_grad_norm", "max_logprob_gap"):
             _check(self, name, 0, exclusive=True)
-        for name in ("clip_log_ratio", "clip_ratio"):
-            if getattr(self, name) is not None:
-                _check(self, name, 0, exclusive=True)
+        if self.clip_log_ratio is not None:
+            _check(self, "clip_log_ratio", 0, exclusive=True)
+        if self.clip_ratio is not None:
+            _check(self, "clip_ratio", 0, 0.999, exclusive=True)
         if self.truncate_weight is not None:
             _check(self, "truncate_weight", 1)
         _check(self, "gamma", 0, 1)
@@ -266,6 +237,10 @@ class OPDConfig:
             raise ConfigError(
                 f"updates_per_step={self.updates_per_step} is more than "
                 f"episodes_per_step={self.episodes_per_step}; every update needs an episode"
+            )
+        if self.clip_ratio is not None and self.truncate_weight is not None:
+            raise ConfigError(
+                "clip_ratio and truncate_weight bound the same importance ratio; set one of them"
             )
         if self.estimator is Estimator.FULL:
             for name, off in (("gamma", 0.0), ("clip_ratio", None), ("truncate_weight", None)):
