@@ -22,29 +22,17 @@ Test it alone: ``pytest tests/trainer/test_advantages.py``
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import torch
 from torch import Tensor
 
 from opd_env.trainer.divergences import Divergence, get_divergence
-
-
-class AdvantageMode(StrEnum):
-    """Which function of u multiplies ``∇ log p``."""
-
-    OPD = "opd"
-    """``-f(u)``: stop-gradient on the reward; biased unless f = -ln u."""
-    OPD_PLUS = "opd_plus"
-    """``w_f(u)``: unbiased, as in the paper."""
-    OPD_PLUS_CENTRED = "opd_plus_centred"
-    """``w_f(u) - f'(1)``: unbiased, lower variance."""
+from opd_env.trainer.modes import Mode
 
 
 def advantage(
     log_ratio: Tensor,
     divergence: str | Divergence = "reverse_kl",
-    mode: str | AdvantageMode = AdvantageMode.OPD_PLUS_CENTRED,
+    mode: str | Mode = Mode.OPD_PLUS_CENTRED,
     *,
     gamma: float = 0.0,
     mask: Tensor | None = None,
@@ -60,7 +48,7 @@ def advantage(
         log_ratio: log u in nats; any shape, ``[B, T]`` with one episode per row when ``gamma`` > 0. Entries
             outside ``mask`` may hold anything.
         divergence: a name or a ``Divergence``.
-        mode: an ``AdvantageMode`` or its value.
+        mode: an ``Mode`` or its value.
         gamma: weight of later tokens, 0 to 1.
         mask: True where the student sampled the token; the result is 0 elsewhere. Needed when ``gamma`` > 0.
         baseline: ``E_p[w_f(u)]`` at each prefix, same shape (``full_divergence`` returns it): subtracted
@@ -75,7 +63,7 @@ def advantage(
     """
     if isinstance(divergence, str):
         divergence = get_divergence(divergence)
-    mode = _mode(mode)
+    mode = parse_mode(mode)
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma} must lie between 0 (own token only) and 1 (undiscounted)")
     for name, tensor in {"mask": mask, "baseline": baseline}.items():
@@ -86,20 +74,20 @@ def advantage(
     if gamma > 0 and (mask is None or log_ratio.dim() != 2):
         raise ValueError(
             "gamma > 0 sums over later tokens of one episode: it needs log_ratio of shape [B, T] and the mask "
-            f"of sampled tokens; got shape {tuple(log_ratio.shape)} and {'no' if mask is None else 'a'} mask"
+            f"of sampled tokens; got shape {tuple(log_ratio.shape)}, {'no' if mask is None else 'a'} mask"
         )
     if clip_log_ratio is not None and not clip_log_ratio > 0:
         raise ValueError(f"clip_log_ratio={clip_log_ratio} must be positive, or None for no bound")
-    if baseline is not None and mode is AdvantageMode.OPD:
+    if baseline is not None and mode is Mode.OPD:
         raise ValueError("baseline is E_p[w_f(u)], the mean of the OPD+ weight; use mode='opd_plus' with it")
     log_ratio = log_ratio.detach()
     if clip_log_ratio is not None:
         log_ratio = log_ratio.clamp(-clip_log_ratio, clip_log_ratio)
-    if mode is AdvantageMode.OPD:
+    if mode is Mode.OPD:
         advantages = divergence.minus_f(log_ratio)
     elif baseline is not None:
         advantages = divergence.weight(log_ratio) - baseline.detach().to(log_ratio.dtype)
-    elif mode is AdvantageMode.OPD_PLUS:
+    elif mode is Mode.OPD_PLUS:
         advantages = divergence.weight(log_ratio)
     else:
         advantages = divergence.centred_weight(log_ratio)
@@ -144,7 +132,8 @@ def clip_fraction(log_ratio: Tensor, mask: Tensor, clip_log_ratio: float) -> flo
     return float(clipped.sum() / mask.sum().clamp(min=1))
 
 
-def _mode(mode: str) -> AdvantageMode:
-    if mode not in list(AdvantageMode):
-        raise ValueError(f"mode={mode!r} is none of {', '.join(AdvantageMode)}")
-    return AdvantageMode(mode)
+def parse_mode(mode: str) -> Mode:
+    """The mode of that name; a ``ValueError`` lists them."""
+    if mode not in list(Mode):
+        raise ValueError(f"mode={mode!r} is none of {', '.join(Mode)}")
+    return Mode(mode)

@@ -137,13 +137,16 @@ def register_divergence(
         _refuse_mismatch(
             weight(log_u), by_autograd(log_u) + slope_at_one, u, f"divergence {name!r}: weight(log u)"
         )
-        given = weight
-        centred = lambda log_u: given(log_u) - slope_at_one  # noqa: E731
+        centred = _minus(weight, slope_at_one)
     if minus_f is not None:
         _refuse_mismatch(minus_f(log_u), -values, u, f"divergence {name!r}: minus_f(log u)")
     divergence = Divergence(name, f, slope_at_one, centred, minus_f or by_calling)
     _REGISTERED[name] = divergence
     return divergence
+
+
+def _minus(function: Elementwise, constant: float) -> Elementwise:
+    return lambda log_u: function(log_u) - constant
 
 
 def _call(name: str, f: Elementwise, u: Tensor) -> Tensor:
@@ -162,7 +165,7 @@ def _slope(name: str, f: Elementwise, u: Tensor) -> Tensor:
 
 
 def _largest_sure_log_u(name: str, f: Elementwise) -> float:
-    """Up to which log u the difference ``u f'(u) - f(u)`` has a rounding error below 1e-6 (relative above 1)."""
+    """Up to which log u the rounding error of ``u f'(u) - f(u)`` stays below 1e-6 (relative, above 1)."""
     log_u = torch.linspace(0, 700, 2801, dtype=torch.float64)
     u = log_u.exp()
     grown, value = u * _slope(name, f, u), _call(name, f, u)

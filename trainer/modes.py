@@ -1,0 +1,33 @@
+"""The two choices that name an estimate of the gradient. Needs no torch, so that settings can be read without it.
+
+Worked example::
+
+    >>> Mode("opd_plus") is Mode.OPD_PLUS, str(Estimator.FULL)
+    (True, 'full')
+
+Test it alone: ``pytest tests/trainer/test_advantages.py``
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Mode(StrEnum):
+    """Weight on the gradient of a token's log-prob; u = teacher probability / student probability."""
+
+    OPD = "opd"
+    """-f(u): stop-gradient, biased for every divergence but reverse KL."""
+    OPD_PLUS = "opd_plus"
+    """-f(u) + u f'(u): the exact gradient of the divergence (arXiv 2606.01039)."""
+    OPD_PLUS_CENTRED = "opd_plus_centred"
+    """OPD+ minus its value at agreement: the same expected gradient with less variance."""
+
+
+class Estimator(StrEnum):
+    """What of the teacher's distribution is used at each sampled token."""
+
+    SAMPLED = "sampled"
+    """The log-prob of the sampled token: all that a remote teacher must give."""
+    FULL = "full"
+    """The sum over the whole vocabulary: no sampling noise, needs a local teacher."""
