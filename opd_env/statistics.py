@@ -14,9 +14,10 @@ Test it alone: ``pytest tests/core/test_statistics.py``
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,6 +47,17 @@ class Rate:
     def overlaps(self, other: Rate) -> bool:
         """Whether the two intervals share a point."""
         return self.low <= other.high and other.low <= self.high
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; NaN becomes null."""
+        if self.n == 0:
+            return {"value": None, "low": None, "high": None, "n": 0}
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Rate:
+        """The inverse of ``to_json``."""
+        return cls(entry["value"], entry["low"], entry["high"], entry["n"]) if entry["n"] else NO_RATE
 
 
 NO_RATE = Rate(math.nan, math.nan, math.nan, 0)
