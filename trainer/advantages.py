@@ -48,7 +48,7 @@ def advantage(
         log_ratio: log u in nats; any shape, ``[B, T]`` with one episode per row when ``gamma`` > 0. Entries
             outside ``mask`` may hold anything.
         divergence: a name or a ``Divergence``.
-        mode: an ``Mode`` or its value.
+        mode: a ``Mode`` or its value.
         gamma: weight of later tokens, 0 to 1.
         mask: True where the student sampled the token; the result is 0 elsewhere. Needed when ``gamma`` > 0.
         baseline: ``E_p[w_f(u)]`` at each prefix, same shape (``full_divergence`` returns it): subtracted
@@ -73,8 +73,8 @@ def advantage(
             )
     if gamma > 0 and (mask is None or log_ratio.dim() != 2):
         raise ValueError(
-            "gamma > 0 sums over later tokens of one episode: it needs log_ratio of shape [B, T] and the mask "
-            f"of sampled tokens; got shape {tuple(log_ratio.shape)}, {'no' if mask is None else 'a'} mask"
+            f"gamma={gamma} sums over later tokens of an episode: it needs log_ratio of shape [B, T], got "
+            f"{tuple(log_ratio.shape)}, and the mask of sampled tokens, got {'none' if mask is None else 'one'}"
         )
     if clip_log_ratio is not None and not clip_log_ratio > 0:
         raise ValueError(f"clip_log_ratio={clip_log_ratio} must be positive, or None for no bound")

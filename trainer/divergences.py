@@ -132,7 +132,7 @@ def register_divergence(
     def by_calling(log_u: Tensor) -> Tensor:
         return _of_log(log_u, lambda u: -_call(name, f, u))
 
-    centred = by_autograd
+    centred: Elementwise = by_autograd
     if weight is not None:
         _refuse_mismatch(
             weight(log_u), by_autograd(log_u) + slope_at_one, u, f"divergence {name!r}: weight(log u)"

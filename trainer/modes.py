@@ -1,4 +1,4 @@
-"""The two choices that name an estimate of the gradient. Needs no torch, so that settings can be read without it.
+"""The two choices that name an estimate of the gradient; without torch, for settings and ``--help``.
 
 Worked example::
 

@@ -181,12 +181,6 @@ def test_every_field_is_documented_and_appears_in_the_help(capsys):
     assert "{sampled,full}" in shown
 
 
-def test_modes_are_those_of_the_advantage():
-    from opd_env.trainer.advantages import AdvantageMode
-
-    assert [*map(str, Mode)] == [*map(str, AdvantageMode)]
-
-
 def test_names_load_on_first_use_and_settings_need_no_torch():
     code = (
         "import sys, opd_env.trainer as trainer; trainer.OPDConfig; assert 'torch' not in sys.modules; "
