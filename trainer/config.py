@@ -68,15 +68,12 @@ class LoRASettings:
     """Rank of the adapters, 1 to 1024."""
     alpha: float = 32.0
     """Scale: the adapter's output is multiplied by alpha / rank; above 0."""
-    dropout: float = 0.0
-    """Dropout on the adapter's input, 0 up to (not including) 1."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the layers that get an adapter; all-linear means every linear layer but the head."""
 
     def __post_init__(self) -> None:
         _check(self, "rank", 1, 1024, prefix="lora.")
         _check(self, "alpha", 0, exclusive=True, prefix="lora.")
-        _check(self, "dropout", 0, 0.999, prefix="lora.")
         if not self.targets:
             raise ConfigError("lora.targets is empty; name layers, or all-linear")
 
