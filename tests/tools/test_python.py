@@ -1,0 +1,84 @@
+"""The python tool: answers, typed errors, a refusal that says why, and state for an episode."""
+
+import pytest
+
+from opd_env.tools import ToolError, ToolErrorKind
+from opd_env.tools import python as python_module
+from opd_env.tools.python import Repl, python_tool
+from opd_env.tools.sandbox import Limits, SandboxUnavailable, open_sandbox
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with open_sandbox("unsafe_subprocess", limits=Limits(wall_s=1.0)) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="module")
+def python(sandbox):
+    return python_tool(sandbox=sandbox)
+
+
+def test_a_program_answers_what_it_prints(python):
+    assert python(code="print(6 * 7)") == "42\n"
+
+
+def test_a_program_that_prints_nothing_is_told_how_to(python):
+    assert "use print" in python(code="6 * 7")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        ("1/0", ToolErrorKind.EXCEPTION, "ZeroDivisionError"),
+        ("print('before')\nwhile True: pass", ToolErrorKind.TIMEOUT, "before"),
+        ("while True: print('x' * 1000)", ToolErrorKind.OUTPUT_LIMIT, "too much output"),
+        ("import os; os.abort()", ToolErrorKind.EXCEPTION, "died"),
+    ],
+)
+def test_every_failure_is_a_typed_error_with_the_output_so_far(python, code, kind, words):
+    with pytest.raises(ToolError) as caught:
+        python(code=code)
+    assert caught.value.kind is kind
+    assert words in caught.value.message
+
+
+def test_long_output_is_cut_with_a_marker(python):
+    answer = python(code="print('x' * 20000)")
+    assert len(answer) < 4200
+    assert "characters cut" in answer
+
+
+def test_a_machine_without_a_sandbox_refuses_and_says_why(monkeypatch):
+    def refuse():
+        raise SandboxUnavailable("There is no kernel here.", "Use Linux.")
+
+    monkeypatch.setattr(python_module, "open_sandbox", refuse)
+    monkeypatch.setattr(python_module, "_shared", {})
+    with pytest.raises(ToolError) as caught:
+        python_tool()(code="print(1)")
+    assert caught.value.kind is ToolErrorKind.SANDBOX
+    assert "no kernel here" in caught.value.message
+    assert "Use Linux" in caught.value.message
+
+
+def test_a_repl_keeps_variables_and_says_when_they_are_lost(sandbox):
+    repl = Repl(sandbox)
+    repl.run("x = 41")
+    assert repl.run("x + 1") == "42\n"
+    with pytest.raises(ToolError) as caught:
+        repl.run("while True: pass")
+    assert caught.value.kind is ToolErrorKind.TIMEOUT
+    assert "variables and imports are lost" in caught.value.message
+    with pytest.raises(ToolError, match="NameError"):
+        repl.run("x")
+    repl.close()
+
+
+def test_the_stateful_tool_takes_its_state_from_the_toolbox_not_from_the_student(sandbox):
+    tool = python_tool(stateful=True, sandbox=sandbox)
+    assert list(tool.parameters["properties"]) == ["code"]
+    state = tool.state()
+    tool.function(code="y = 2", state=state)
+    assert tool.function(code="y", state=state) == "2\n"
+    state.close()

@@ -1,0 +1,155 @@
+"""The ``python`` tool: runs a program in the sandbox, and answers what it printed.
+
+Worked example::
+
+    Toolbox(["python"]).call("python", {"code": "print(6 * 7)"}).content         # '42\n'
+    Toolbox([python_tool(stateful=True)])        # a REPL: variables stay for the episode
+
+Where no kernel sandbox works, every call answers a ``sandbox`` error that says why: the code never runs
+without a wall unless a sandbox that has none is passed in by hand.
+
+Test it alone: ``pytest tests/tools/test_python.py``
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+
+from opd_env.tools.base import Tool, tool
+from opd_env.tools.errors import ToolError, ToolErrorKind
+from opd_env.tools.sandbox import ExecResult, Sandbox, SandboxUnavailable, Session, Status, open_sandbox
+from opd_env.tools.sandbox.output import shorten
+
+MAX_OUTPUT_CHARS = 4000
+"""Characters of output that the model is shown; the middle of a longer text is cut out."""
+
+_ERROR_KINDS = {
+    Status.ERROR: ToolErrorKind.EXCEPTION,
+    Status.TIMEOUT: ToolErrorKind.TIMEOUT,
+    Status.CPU_LIMIT: ToolErrorKind.TIMEOUT,
+    Status.OUTPUT_LIMIT: ToolErrorKind.OUTPUT_LIMIT,
+    Status.KILLED: ToolErrorKind.EXCEPTION,
+    Status.SANDBOX_ERROR: ToolErrorKind.SANDBOX,
+}
+_EXPLANATIONS = {
+    Status.ERROR: "the program failed",
+    Status.TIMEOUT: "the time was over",
+    Status.CPU_LIMIT: "the CPU time was over",
+    Status.OUTPUT_LIMIT: "too much output",
+    Status.KILLED: "the interpreter died",
+    Status.SANDBOX_ERROR: "the sandbox failed",
+}
+_STATE_LOST = "The session was ended: all variables and imports are lost. "
+
+
+def python_tool(*, stateful: bool = False, sandbox: Sandbox | None = None) -> Tool:
+    """Makes the tool.
+
+    Args:
+        stateful: keep one interpreter for the episode, and print the value of the last expression.
+        sandbox: run in this one (it stays yours to close). By default all tools of this process share the
+            one that ``open_sandbox()`` gives, opened at the first call.
+    """
+    if stateful:
+        return _stateful_tool(sandbox)
+
+    @tool(timeout_s=60.0, max_output_chars=MAX_OUTPUT_CHARS + 200, deterministic=True)
+    def python(code: str) -> str:
+        """Runs a Python 3 program and returns what it prints. Nothing is kept between calls.
+
+        Args:
+            code: The program. Use print to see a result.
+        """
+        return _answer((sandbox or shared_sandbox()).run(code), "")
+
+    return python
+
+
+class Repl:
+    """The interpreter of one episode, started at its first cell, and again after it was lost."""
+
+    def __init__(self, sandbox: Sandbox | None) -> None:
+        self._sandbox = sandbox
+        self._session: Session | None = None
+
+    def run(self, code: str) -> str:
+        """Runs one cell and gives the text for the student, who is told when the state is gone."""
+        lost = ""
+        if self._session is not None and not self._session.alive:
+            self.close()
+            lost = _STATE_LOST
+        if self._session is None:
+            self._session = (self._sandbox or shared_sandbox()).session()
+        result = self._session.run(code)
+        if not self._session.alive:
+            self.close()
+            lost = _STATE_LOST
+        return _answer(result, lost)
+
+    def close(self) -> None:
+        """Ends the interpreter."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _stateful_tool(sandbox: Sandbox | None) -> Tool:
+    @tool(
+        timeout_s=60.0,
+        max_output_chars=MAX_OUTPUT_CHARS + 200,
+        state=lambda: Repl(sandbox),
+        mutates_state=True,
+        deterministic=True,
+    )
+    def python(code: str, state: Repl) -> str:
+        """Runs Python 3 code and returns what it prints and the value of its last expression.
+
+        Variables and imports are kept between calls.
+
+        Args:
+            code: The code of one cell.
+        """
+        return state.run(code)
+
+    return python
+
+
+def _answer(result: ExecResult, lost: str) -> str:
+    output = shorten(result.output, MAX_OUTPUT_CHARS)
+    if result.ok:
+        text = output or "(no output: use print to see a value)\n"
+        return f"{text}{lost}" if lost else text
+    message = f"{lost}{_EXPLANATIONS[result.status]}"
+    raise ToolError(_ERROR_KINDS[result.status], f"{message}\n{output}" if output else message)
+
+
+_lock = threading.Lock()
+_shared: dict[int, Sandbox | SandboxUnavailable] = {}  # by process: a fork must not use its parent's
+
+
+def shared_sandbox() -> Sandbox:
+    """The sandbox that the tools of this process share; it is closed when the process ends.
+
+    Raises:
+        ToolError: ``sandbox``, with the reason and what to do, where none works here.
+    """
+    with _lock:
+        found = _shared.get(os.getpid())
+        if found is None:
+            try:
+                found = open_sandbox()
+                atexit.register(found.close)
+            except SandboxUnavailable as error:
+                found = error
+            _shared[os.getpid()] = found
+    if isinstance(found, SandboxUnavailable):
+        raise ToolError(ToolErrorKind.SANDBOX, str(found))
+    return found
+
+
+python = python_tool()

@@ -1,0 +1,36 @@
+"""Runs Python code that nobody has read, behind a wall of the kernel's making. See docs/sandbox.md.
+
+Worked example::
+
+    from opd_env.tools.sandbox import open_sandbox
+
+    with open_sandbox() as sandbox:
+        sandbox.run("print(1 + 1)").output      # '2\n'
+
+Test it alone: ``pytest tests/tools/sandbox``
+"""
+
+from opd_env.tools.sandbox.base import (
+    ExecResult,
+    Level,
+    Limits,
+    Sandbox,
+    SandboxUnavailable,
+    Session,
+    SessionEnded,
+    Status,
+)
+from opd_env.tools.sandbox.opening import SandboxKind, open_sandbox
+
+__all__ = [
+    "ExecResult",
+    "Level",
+    "Limits",
+    "Sandbox",
+    "SandboxKind",
+    "SandboxUnavailable",
+    "Session",
+    "SessionEnded",
+    "Status",
+    "open_sandbox",
+]

@@ -1,0 +1,229 @@
+"""What a sandbox is: its limits, its results, and the interface that every kind of it has.
+
+Worked example::
+
+    from opd_env.tools.sandbox import Limits, open_sandbox
+
+    with open_sandbox() as sandbox:
+        result = sandbox.run("print(6 * 7)", limits=Limits(wall_s=2))
+        result.status, result.output                 # Status.OK, '42\n'
+        with sandbox.session() as session:           # one process: variables stay
+            session.run("x = 41")
+            session.run("x + 1").output              # '42\n'
+
+Test it alone: ``pytest tests/tools/sandbox``
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from types import TracebackType
+from typing import Self
+
+
+class Status(StrEnum):
+    """How a call ended, as measured from outside the process that ran the code."""
+
+    OK = "ok"
+    """The code ran to its end. It proves no more than that: ``os._exit(0)`` ends with it, too."""
+    ERROR = "error"
+    """An exception that nobody caught, or an exit code other than 0."""
+    TIMEOUT = "timeout"
+    """The wall time was over; the code was killed."""
+    CPU_LIMIT = "cpu_limit"
+    """The CPU time was over; the code was killed."""
+    OUTPUT_LIMIT = "output_limit"
+    """It wrote more than is kept; the code was killed."""
+    KILLED = "killed"
+    """It died of a signal: a crash of the interpreter, or a system call that is not allowed."""
+    SANDBOX_ERROR = "sandbox_error"
+    """The sandbox itself failed. Never the student's doing: drop the episode and count it."""
+
+
+class Level(StrEnum):
+    """What keeps the code in. It belongs in the log and the manifest of every run."""
+
+    NAMESPACES = "namespaces"
+    """Own user, mount, pid, net, ipc, uts and cgroup namespaces, seccomp, rlimits."""
+    LANDLOCK = "landlock"
+    """Landlock, seccomp, rlimits. Names, sizes and times of the machine's files stay visible."""
+    NONE = "none"
+    """Nothing but rlimits: the code can do what the user can do."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call, or one cell of a session, may use."""
+
+    wall_s: float = 6.0
+    """Seconds by the clock; waiting for a free slot does not count."""
+    cpu_s: int = 5
+    """Seconds of CPU, of all threads together."""
+    memory_mb: int = 512
+    """MiB of address space on top of what the interpreter itself has mapped."""
+    output_bytes: int = 65_536
+    """Bytes of output that are kept; more than that ends the call."""
+    code_bytes: int = 262_144
+    """Bytes of code; more than that is refused."""
+    threads: int = 50
+    """Threads; processes are never allowed."""
+    session_s: float = 600.0
+    """Seconds that a session may live."""
+    session_cells: int = 100
+    """Cells that a session may run."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"Limits.{field.name}={value!r}: every limit must be greater than 0")
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """What came of one call."""
+
+    status: Status
+    output: str
+    """Standard output and error in the order of writing, decoded, without control characters,
+    with addresses of objects rewritten so that they do not differ from run to run."""
+    exit_code: int | None
+    """As the kernel reported it; negative for a signal; None if the process did not end by itself."""
+    truncated: bool
+    """The output was cut at ``Limits.output_bytes``."""
+    cpu_ms: float
+    wall_ms: float
+    max_rss_kb: int
+    """Peak of the resident memory; 0 where it is not known (cells of a session)."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the code ran to its end."""
+        return self.status is Status.OK
+
+
+class SandboxUnavailable(RuntimeError):
+    """No sandbox of the wanted strength works here.
+
+    Args:
+        reason: what is missing, in one sentence.
+        how_to_fix: what the user can do about it.
+    """
+
+    def __init__(self, reason: str, how_to_fix: str) -> None:
+        super().__init__(reason, how_to_fix)
+        self.reason = reason
+        self.how_to_fix = how_to_fix
+
+    def __str__(self) -> str:
+        return f"{self.reason} {self.how_to_fix}"
+
+
+class SessionEnded(RuntimeError):
+    """The session's process is gone, and its variables with it. Open a new one."""
+
+
+class Session(ABC):
+    """One interpreter that lives for an episode: variables, imports and files stay from cell to cell.
+
+    The value of a cell's last expression is printed, as a REPL does. Where a cell ends with another
+    status than ``ok`` or ``error``, its process is gone (see :attr:`alive`).
+    """
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether another cell can be run."""
+
+    @abstractmethod
+    def run(self, cell: str) -> ExecResult:
+        """Runs one cell.
+
+        Whether a cell is ``ok`` or ``error`` is what its own process says of itself, since that process
+        goes on; time, CPU time, output and death are measured from outside.
+
+        Raises:
+            SessionEnded: if the session's process is gone.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Kills the process. Safe to call twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Sandbox(ABC):
+    """Runs Python code that nobody has read. Safe to share between threads and tasks."""
+
+    @property
+    @abstractmethod
+    def level(self) -> Level:
+        """What keeps the code in."""
+
+    @abstractmethod
+    def run(
+        self,
+        code: str,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+        seed: int = 0,
+    ) -> ExecResult:
+        """Runs a program in a fresh interpreter.
+
+        Args:
+            code: the program, at most ``limits.code_bytes`` of UTF-8.
+            files: files to put into the working folder first: plain names and their content.
+            limits: other limits than the sandbox's own.
+            seed: seeds ``random``, and numpy where it is loaded.
+
+        Raises:
+            ValueError: if ``files`` has a name with a folder in it, or this level has no writable folder.
+            RuntimeError: if the sandbox is closed, or too many calls wait already.
+        """
+
+    async def arun(
+        self,
+        code: str,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+        seed: int = 0,
+    ) -> ExecResult:
+        """:meth:`run` for asyncio: waits without holding the event loop."""
+        loop = asyncio.get_running_loop()
+        call = functools.partial(self.run, code, files=files, limits=limits, seed=seed)
+        return await loop.run_in_executor(self._executor(), call)
+
+    @abstractmethod
+    def _executor(self) -> Executor:
+        """The threads that :meth:`arun` runs on."""
+
+    @abstractmethod
+    def session(self, *, limits: Limits | None = None, seed: int = 0) -> Session:
+        """Starts an interpreter that keeps its state from cell to cell. Close it, or use ``with``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Kills everything that was started. Safe to call twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

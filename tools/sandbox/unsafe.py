@@ -1,0 +1,245 @@
+"""A plain subprocess: no wall at all, for code that you wrote or read yourself.
+
+What is covered: time, CPU time and memory (rlimits), output, a working folder of its own that is removed,
+the process group is killed, nothing of the environment is inherited.
+
+What is not covered: everything else. The code can read and write what the user can, use the network,
+start processes (which may outlive the call in a process group of their own) and kill the trainer.
+
+Worked example::
+
+    with open_sandbox("unsafe_subprocess") as sandbox:      # by name only, with a warning in the log
+        sandbox.run("print(1 + 1)").output                  # '2\n'
+
+Test it alone: ``pytest tests/tools/sandbox/test_sandbox_unsafe.py``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+from opd_env.tools.sandbox.base import ExecResult, Level, Limits, Sandbox, Session, SessionEnded, Status
+from opd_env.tools.sandbox.boot import guest_command, guest_environment
+from opd_env.tools.sandbox.guest.runner import CELL_ERROR, CELL_EXIT, CELL_HEADER, CELL_REPLY
+from opd_env.tools.sandbox.output import OutputReader, check_code, check_files
+
+_logger = logging.getLogger(__name__)
+
+
+class UnsafeSubprocess(Sandbox):
+    """Runs each call, or each session, in ``python -P -s -S`` with rlimits. See the module's docstring."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        _logger.warning(
+            "unsafe_subprocess: code runs WITHOUT a sandbox, with the rights of this user. "
+            "Use it for code that you trust, never for what a model wrote."
+        )
+        self._limits = limits or Limits()
+        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "unsafe-subprocess")
+        self._closed = False
+
+    @property
+    def level(self) -> Level:
+        """Always ``none``."""
+        return Level.NONE
+
+    def _executor(self) -> Executor:
+        return self._threads
+
+    def run(
+        self,
+        code: str,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+        seed: int = 0,
+    ) -> ExecResult:
+        """See :meth:`Sandbox.run`."""
+        limits = limits or self._limits
+        source = check_code(code, limits)
+        if self._closed:
+            raise RuntimeError("this sandbox is closed; open another one")
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(_working_folder()))
+            for name, content in check_files(files).items():
+                (folder / name).write_bytes(content)
+            program = stack.enter_context(tempfile.TemporaryFile())
+            program.write(source)
+            program.seek(0)
+            process = _Process("program", program.fileno(), folder, seed, limits)
+            stack.callback(process.output.close)
+            stack.callback(process.kill)
+            start = time.monotonic()
+            while process.poll() is None:
+                if process.output.full or time.monotonic() - start > limits.wall_s:
+                    break
+                process.output.wait(min(0.05, limits.wall_s))
+            wall_s = time.monotonic() - start
+            ended = process.poll() is not None
+            process.kill()
+            process.output.drain()
+            return process.result(ended, wall_s)
+
+    def session(self, *, limits: Limits | None = None, seed: int = 0) -> Session:
+        """See :meth:`Sandbox.session`."""
+        if self._closed:
+            raise RuntimeError("this sandbox is closed; open another one")
+        return _UnsafeSession(limits or self._limits, seed)
+
+    def close(self) -> None:
+        """Ends the threads of :meth:`arun`; every call has killed its own process already."""
+        self._closed = True
+        self._threads.shutdown()
+
+
+class _Process:
+    """One interpreter with its output pipe."""
+
+    def __init__(self, kind: str, descriptor: int, folder: Path, seed: int, limits: Limits) -> None:
+        read_end, write_end = os.pipe()
+        self.output = OutputReader(read_end, limits.output_bytes)
+        self._limits = limits
+        self._usage = (0.0, 0)
+        arguments = [kind, descriptor, seed, limits.cpu_s, limits.memory_mb << 20]
+        try:
+            self._popen = subprocess.Popen(
+                [*guest_command("unsafe_main"), *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                cwd=folder,
+                env=guest_environment(str(folder)),
+                pass_fds=(descriptor,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(write_end)
+        self.exit_code: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs. Reaps the process, with what it has used."""
+        if self.exit_code is None:
+            pid, wait_status, usage = os.wait4(self._popen.pid, os.WNOHANG)
+            if pid:
+                self.exit_code = self._popen.returncode = os.waitstatus_to_exitcode(wait_status)
+                self._usage = (usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+        return self.exit_code
+
+    def kill(self) -> None:
+        """Kills the process group and reaps its leader."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        while self.poll() is None:
+            time.sleep(0.0005)
+
+    def result(self, ended: bool, wall_s: float) -> ExecResult:
+        """The result of a one-shot call, after :meth:`kill`."""
+        cpu_s, rss = self._usage
+        exit_code = self.exit_code if ended else None
+        if self.output.full:
+            status = Status.OUTPUT_LIMIT
+        elif not ended:
+            status = Status.TIMEOUT
+        elif exit_code == -signal.SIGXCPU or cpu_s > self._limits.cpu_s + 0.5:
+            status = Status.CPU_LIMIT
+        elif exit_code is not None and exit_code < 0:
+            status = Status.KILLED
+        else:
+            status = Status.OK if exit_code == 0 else Status.ERROR
+        text, full = self.output.take()
+        return ExecResult(status, text, exit_code, full, cpu_s * 1000, wall_s * 1000, rss)
+
+
+class _UnsafeSession(Session):
+    def __init__(self, limits: Limits, seed: int) -> None:
+        self._limits = limits
+        self._stack = contextlib.ExitStack()
+        folder = Path(self._stack.enter_context(_working_folder()))
+        self._channel, theirs = socket.socketpair()
+        self._stack.callback(self._channel.close)
+        with theirs:
+            self._process = _Process("session", theirs.fileno(), folder, seed, limits)
+        self._stack.callback(self._process.output.close)
+        self._stack.callback(self._process.kill)
+        self._ends_at = time.monotonic() + limits.session_s
+        self._cells = 0
+        self._alive = True
+        self._lock = threading.Lock()
+
+    @property
+    def alive(self) -> bool:
+        return self._alive and self._cells < self._limits.session_cells and time.monotonic() < self._ends_at
+
+    def run(self, cell: str) -> ExecResult:
+        source = check_code(cell, self._limits)
+        with self._lock:
+            if not self.alive:
+                raise SessionEnded("the session's process is gone, and its variables with it; open a new one")
+            self._cells += 1
+            start = time.monotonic()
+            status = self._run(source, start + self._limits.wall_s)
+            if status not in (Status.OK, Status.ERROR):
+                self._end()
+            self._process.output.drain()
+            text, full = self._process.output.take()
+            if full and status in (Status.OK, Status.ERROR):
+                status = Status.OUTPUT_LIMIT
+                self._end()
+            return ExecResult(status, text, self._process.exit_code, full, 0.0, (time.monotonic() - start) * 1000, 0)
+
+    def _run(self, source: bytes, deadline: float) -> Status:
+        message, reply = memoryview(CELL_HEADER.pack(len(source)) + source), b""
+        self._channel.setblocking(False)
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return Status.TIMEOUT
+            if self._process.output.full:
+                return Status.OUTPUT_LIMIT
+            writers = [self._channel.fileno()] if message else []
+            output = self._process.output
+            channel = self._channel.fileno()
+            readers = [channel] if output.ended else [channel, output.fileno()]
+            readable, writable, _ = select.select(readers, writers, [], left)
+            if writable:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    message = message[self._channel.send(message) :]
+            if output.fileno() in readable:
+                output.read()
+            if channel in readable:
+                part = self._channel.recv(CELL_REPLY.size - len(reply))
+                reply += part
+                if not part:
+                    self._process.kill()
+                    return Status.CPU_LIMIT if self._process.exit_code == -signal.SIGXCPU else Status.KILLED
+                if len(reply) == CELL_REPLY.size:
+                    number, outcome = CELL_REPLY.unpack(reply)
+                    if number != self._cells:
+                        return Status.KILLED
+                    if outcome == CELL_EXIT:
+                        self._alive = False
+                    return Status.ERROR if outcome == CELL_ERROR else Status.OK
+
+    def _end(self) -> None:
+        self._alive = False
+        self._process.kill()
+
+    def close(self) -> None:
+        self._alive = False
+        self._stack.close()
+
+
+def _working_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="opd-env-unsafe-", ignore_cleanup_errors=True)
