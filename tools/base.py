@@ -1,36 +1,149 @@
 """A tool: a Python function, and the JSON Schema that a model calls it by.
 
+Worked example::
+
+    @tool(timeout_s=2.0, deterministic=True)
+    def power(base: int, exponent: Annotated[int, "a whole number, 0 or more"] = 2) -> int:
+        '''Raises an integer to a power.
+
+        Args:
+            base: the number to raise.
+        '''
+        return base**exponent
+
+    power.schema["function"]["parameters"]["required"]      # ['base']
+    power(3)                                                # 9: still the plain function
+
+A function that is no complete description of a tool is refused where it is defined, with file, line and all
+that is missing. A tool with per-episode state names its factory and takes what that makes as ``state``::
+
+    @tool(state=dict, mutates_state=True)
+    def remember(key: str, value: str, state: dict[str, str]) -> str: ...
+
 Test it alone: ``pytest tests/tools/test_tool_registration.py``
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
+
+from opd_env.tools.schema import read_signature
+from opd_env.tools.validation import check_arguments, make_validator
+
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+_MIN_OUTPUT_CHARS = 100
+
+
+class Isolation(StrEnum):
+    """Where a tool's code runs, and so what its time limit can end."""
+
+    THREAD = "thread"
+    """A thread of this process (15 µs a call): for code that may be trusted not to block the interpreter or
+    end the process. ``opd_env.tools.time_limit`` says what is covered."""
+    PROCESS = "process"
+    """A process of its own (about 0.1 ms a call), killed when the time is up: whatever the code does, it
+    ends. The function is copied there, so it does not see later changes of this process's variables, nor
+    this process its."""
+
+
+class ToolOptions(TypedDict, total=False):
+    """The options of ``tool``; the fields of ``Tool`` say what they mean."""
+
+    name: str
+    timeout_s: float
+    max_output_chars: int
+    state: Callable[[], Any] | None
+    mutates_state: bool
+    deterministic: bool
+    ends_episode: bool
+    isolation: Isolation | str
 
 
 @dataclass(frozen=True, eq=False)
 class Tool:
-    """Something that a student can call."""
+    """Something that a student can call.
+
+    ``@tool`` makes one from a function. Made directly, it takes a schema from elsewhere (an MCP server, a
+    data set).
+
+    Raises:
+        ValueError: a field is no use; the message names the function's file and line and lists all problems.
+    """
 
     name: str
+    """What a student calls it by: a letter or ``_``, then up to 63 letters, digits, ``_``, ``-`` or ``.``."""
     description: str
+    """What a student reads about it."""
     parameters: Mapping[str, Any]
+    """JSON Schema (Draft 2020-12) of the arguments, type ``object``. Arguments that it does not name are
+    refused unless it sets ``additionalProperties`` itself."""
     function: Callable[..., Any]
+    """Gets the arguments by name; returns any JSON value. May be ``async``: each call then has its own
+    event loop."""
     timeout_s: float = 10.0
+    """Seconds of wall time for one call, the making of its state included."""
     max_output_chars: int = 4000
+    """What a student sees of an answer, the marker of a cut included."""
     state: Callable[[], Any] | None = None
+    """Makes the state of an episode, at its first call of this tool; passed as ``state``. Its ``close()``,
+    if it has one, is called when the episode ends. After a time-out the state is given up and a new one
+    made."""
     mutates_state: bool = False
+    """A call changes what later calls answer, so order matters and answers must not be reused."""
     deterministic: bool = False
+    """The same arguments (and state) give the same answer."""
     ends_episode: bool = False
+    """A successful call is the last thing that happens in an episode."""
+    isolation: Isolation | str = Isolation.THREAD
+    """Where the code runs."""
+    convert: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    """Turns checked JSON arguments into the keyword arguments of ``function``."""
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        try:
+            object.__setattr__(self, "isolation", Isolation(self.isolation))
+        except ValueError:
+            problems.append(f"isolation={self.isolation!r}, expected one of {', '.join(Isolation)}")
+        try:
+            parameters = {"additionalProperties": False, **copy.deepcopy(dict(self.parameters))}
+            make_validator(parameters)
+            if self.state is not None and "state" in parameters.get("properties", {}):
+                problems.append("its parameters name 'state', which the kit fills in")
+            object.__setattr__(self, "parameters", parameters)
+        except (ValueError, TypeError) as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError(f"{_where(self.function)}: tool {self.name!r}: {'; '.join(problems)}")
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The tool as chat templates expect it."""
-        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        """The tool as chat templates and function-calling models expect it."""
+        parameters = copy.deepcopy(dict(self.parameters))
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
+
+    def check(self, arguments: object) -> dict[str, Any]:
+        """Checks arguments against ``parameters``; returns a copy of them.
+
+        Raises:
+            ToolError: kind ``not_an_object`` or ``schema``, all problems listed.
+        """
+        return check_arguments(self._validator, arguments)
+
+    @cached_property
+    def _validator(self) -> Draft202012Validator:
+        return make_validator(self.parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the plain function: no checks, no limits."""
@@ -40,31 +153,49 @@ class Tool:
 @overload
 def tool(function: Callable[..., Any], /) -> Tool: ...
 @overload
+def tool(**options: Unpack[ToolOptions]) -> Callable[[Callable[..., Any]], Tool]: ...
 def tool(
-    *,
-    name: str | None = None,
-    timeout_s: float = 10.0,
-    max_output_chars: int = 4000,
-    state: Callable[[], Any] | None = None,
-    mutates_state: bool = False,
-    deterministic: bool = False,
-    ends_episode: bool = False,
-) -> Callable[[Callable[..., Any]], Tool]: ...
-def tool(function: Callable[..., Any] | None = None, /, *, name: str | None = None, **options: Any) -> Any:
-    """Makes a Tool of a typed, documented function."""
+    function: Callable[..., Any] | None = None, /, **options: Unpack[ToolOptions]
+) -> Tool | Callable[[Callable[..., Any]], Tool]:
+    """Makes a ``Tool`` of a typed function with a Google docstring. With or without options in brackets.
+
+    Args:
+        function: its name, docstring and type hints become the tool's name, description and parameters.
+        options: fields of ``Tool``.
+
+    Raises:
+        ValueError: the function is no complete description of a tool; file, line and all problems are named.
+    """
 
     def decorate(function: Callable[..., Any]) -> Tool:
-        types = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
-        names = [p for p in inspect.signature(function).parameters if p != "state"]
-        hints = {p: str(getattr(h, "__name__", h)) for p, h in function.__annotations__.items()}
-        parameters = {
-            "type": "object",
-            "properties": {p: {"type": types[hints[p]]} for p in names},
-            "required": names,
-            "additionalProperties": False,
-        }
-        return Tool(
-            name or function.__name__, inspect.getdoc(function) or "", parameters, function, **options
-        )
+        name = options.get("name") or getattr(function, "__name__", "")
+        hidden = () if options.get("state") is None else ("state",)
+        try:
+            signature = read_signature(function, hidden)
+        except ValueError as error:
+            raise ValueError(f"{_where(function)}: tool {name!r}: {error}") from error
+        fields = {"description": signature.description, "convert": signature.convert, **options, "name": name}
+        return Tool(parameters=signature.parameters, function=function, **fields)  # type: ignore[arg-type]
 
     return decorate if function is None else decorate(function)
+
+
+def _problems(tool: Any) -> Iterator[str]:
+    """What is wrong with the plain fields of a tool, which may hold anything at all."""
+    if not isinstance(tool.name, str) or not _NAME.fullmatch(tool.name):
+        yield "its name must be a letter or '_', then up to 63 letters, digits, '_', '-' or '.'"
+    if not isinstance(tool.description, str) or not tool.description.strip():
+        yield "it needs a description, which the model reads"
+    if not callable(tool.function):
+        yield f"its function is {tool.function!r}, which cannot be called"
+    if not (isinstance(tool.timeout_s, int | float) and 0 < tool.timeout_s < math.inf):
+        yield f"timeout_s={tool.timeout_s!r}, expected seconds greater than 0 and finite"
+    if not (isinstance(tool.max_output_chars, int) and tool.max_output_chars >= _MIN_OUTPUT_CHARS):
+        yield f"max_output_chars={tool.max_output_chars!r}, expected at least {_MIN_OUTPUT_CHARS}"
+    if tool.state is not None and not callable(tool.state):
+        yield f"state={tool.state!r}, expected a callable that makes the state, such as dict"
+
+
+def _where(function: object) -> str:
+    code = getattr(function, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)

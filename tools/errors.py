@@ -13,7 +13,9 @@ Test it alone: ``pytest tests/tools/test_toolbox.py``
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from enum import StrEnum
 
 
@@ -63,3 +65,10 @@ class ToolError(Exception):
         """The text that the student reads: compact JSON with the fields ``error`` and ``message``."""
         fields = {"error": str(self.kind), "message": self.message}
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """The end of an error about an unknown name: ``" (did you mean 'query'?)"``, or nothing when none is
+    close."""
+    close = difflib.get_close_matches(name[:100], list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,41 +1,123 @@
-"""Tools by name.
+"""Tools by name, for configurations, tasks and the command line.
+
+Worked example::
+
+    register_tool(add)                                  # a tool of one's own
+    get_tool("add"), get_tool("calculator")
+    get_tool("search", passages="passages.jsonl")       # a factory: a tool that needs something to work on
+
+Another package offers its tools by entry points; they are imported only when somebody asks for one::
+
+    [project.entry-points."opd_env.tools"]
+    weather = "my_package.tools:weather"                # a Tool, or a function that returns one
 
 Test it alone: ``pytest tests/tools/test_tool_registration.py``
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import inspect
+import warnings
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from opd_env.tools.base import Tool
+from opd_env.tools.errors import did_you_mean
 
-_BUILT_IN = {"calculator": "opd_env.tools.calculator:calculator"}
-_registered: dict[str, Tool] = {}
+ENTRY_POINT_GROUP = "opd_env.tools"
+
+Factory = Callable[..., Tool]
+
+_BUILT_IN = {
+    "calculator": "opd_env.tools.calculator:calculator",
+    "python": "opd_env.tools.python:python_tool",
+    "search": "opd_env.tools.search:make_search_tool",
+}
+_registered: dict[str, Tool | Factory] = {}
 
 
-def register_tool(tool: Tool) -> Tool:
-    """Makes a tool available by its name."""
-    if tool.name in _registered or tool.name in _BUILT_IN:
-        raise ValueError(f"a tool named {tool.name!r} is registered already")
-    _registered[tool.name] = tool
+def register_tool(tool: Tool | Factory, *, name: str | None = None) -> Tool | Factory:
+    """Makes a tool available by name.
+
+    Args:
+        tool: a tool, or a factory: a function that takes options by name and returns a tool.
+        name: required for a factory; a tool has its own.
+
+    Returns:
+        What was given, so that it serves as a decorator above ``@tool``.
+
+    Raises:
+        ValueError: the name is taken, or ``tool`` is neither of the two.
+    """
+    if isinstance(tool, Tool):
+        if name not in (None, tool.name):
+            raise ValueError(f"the tool is named {tool.name!r}, not {name!r}; rename it with @tool(name={name!r})")
+        name = tool.name
+    elif not callable(tool) or name is None:
+        raise ValueError(f"{tool!r} is no tool: decorate the function with @tool, or give a factory with name=...")
+    if name in _registered or name in _BUILT_IN:
+        raise ValueError(f"a tool named {name!r} is registered already; choose another name")
+    _registered[name] = tool
     return tool
 
 
-def get_tool(name: str) -> Tool:
-    """The tool of that name."""
-    if name in _registered:
-        return _registered[name]
-    if name not in _BUILT_IN:
-        close = difflib.get_close_matches(name, list_tools(), 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"no tool named {name!r}{hint} Registered: {', '.join(list_tools())}")
-    module, attribute = _BUILT_IN[name].split(":")
-    found: Any = getattr(importlib.import_module(module), attribute)
-    return found  # type: ignore[no-any-return]
+def get_tool(name: str, **options: Any) -> Tool:
+    """The tool of that name.
+
+    Args:
+        name: one of ``list_tools()``.
+        options: what a factory takes, such as ``passages`` for ``search``; none for a finished tool.
+
+    Raises:
+        ValueError: no tool has that name, it cannot be imported, or its options are missing or unknown.
+    """
+    entry = _registered.get(name)
+    if entry is None and name in _BUILT_IN:
+        module, attribute = _BUILT_IN[name].split(":")
+        entry = getattr(importlib.import_module(module), attribute)
+    if entry is None and (point := _entry_points().get(name)) is not None:
+        try:
+            entry = point.load()
+        except Exception as error:
+            package = point.dist.name if point.dist else "its package"
+            raise ValueError(f"tool {name!r} of {package} ({point.value}) cannot be imported: {error!r}") from error
+    if entry is None:
+        known = list_tools()
+        raise ValueError(f"no tool named {name!r}{did_you_mean(name, known)}; registered: {', '.join(known)}")
+    if isinstance(entry, Tool):
+        if options:
+            raise ValueError(f"tool {name!r} takes no options, got {', '.join(options)}")
+        return entry
+    return _make(name, entry, options)
 
 
 def list_tools() -> list[str]:
-    """Names of all tools, sorted."""
-    return sorted([*_BUILT_IN, *_registered])
+    """Names of all tools, sorted: the kit's own, registered ones, and other packages' (not imported for
+    this)."""
+    return sorted({*_BUILT_IN, *_registered, *_entry_points()})
+
+
+def _make(name: str, factory: Factory, options: dict[str, Any]) -> Tool:
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        call = f"get_tool({name!r}{', ' if options else ''}{', '.join(f'{key}=...' for key in options)})"
+        takes = ", ".join(str(p) for p in inspect.signature(factory).parameters.values())
+        raise ValueError(f"{call}: {error}; tool {name!r} is made with options: {takes}") from error
+    tool = factory(**options)
+    if not isinstance(tool, Tool):
+        raise ValueError(f"the factory of tool {name!r} returned {type(tool).__name__}, expected a Tool")
+    return tool
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    """Entry points by name. One whose name is taken is left out with a warning."""
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name in _BUILT_IN or point.name in _registered or point.name in points:
+            warnings.warn(f"the entry point {point.name} = {point.value} is left out: its name is taken", stacklevel=3)
+        else:
+            points[point.name] = point
+    return points

@@ -1,19 +1,27 @@
-"""The tools of one episode: looks a call up, checks it, runs it, and always gives a result.
+"""The tools of one environment: looks a call up, checks it, runs it, and always gives a result.
+
+Worked example::
+
+    with Toolbox(["calculator"]) as toolbox:
+        toolbox.call("calculator", {"expression": "6 * 7"}).content     # '42'
+        toolbox.call("calcluator", {}).error                            # ToolErrorKind.UNKNOWN_TOOL
+        toolbox.reset()                                                 # the next episode
 
 Test it alone: ``pytest tests/tools/test_toolbox.py``
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from opd_env.tools.base import Tool
-from opd_env.tools.errors import ToolError, ToolErrorKind
+from opd_env.tools.errors import ToolError, ToolErrorKind, did_you_mean
+from opd_env.tools.execution import Runner, make_runner
+from opd_env.tools.output import Output, encode_error
 from opd_env.tools.registry import get_tool
 
 
@@ -39,15 +47,77 @@ class ToolResult:
 
 
 class Toolbox:
-    """The tools of one episode, with their per-episode state."""
+    """The tools of one environment, with the state of its current episode.
+
+    Args:
+        tools: registered names or tools, in the order in which a model reads them.
+
+    Raises:
+        ValueError: an unknown name, something that is no tool, or two tools of one name.
+    """
 
     def __init__(self, tools: Sequence[str | Tool]) -> None:
-        self._tools = {tool.name: tool for tool in (get_tool(t) if isinstance(t, str) else t for t in tools)}
+        if isinstance(tools, str):
+            raise ValueError(f"tools={tools!r} is one text, expected a list of tools, such as [{tools!r}]")
+        self._tools: dict[str, Tool] = {}
+        for entry in tools:
+            tool = get_tool(entry) if isinstance(entry, str) else entry
+            if not isinstance(tool, Tool):
+                raise ValueError(f"{entry!r} is no tool; give a registered name, or a function decorated with @tool")
+            if tool.name in self._tools:
+                raise ValueError(f"two tools are named {tool.name!r}; rename one with @tool(name=...)")
+            self._tools[tool.name] = tool
+        self._runners: dict[str, Runner] = {}
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
-        """Schemas of all tools, in order."""
-        return [tool.schema for tool in self._tools.values()]
+        """Schemas of all tools, in order, as chat templates expect them."""
+        return [tool.schema for tool in self]
+
+    def call(self, name: str, arguments: object) -> ToolResult:
+        """Runs one call. Total: whatever the tool or the student does, there is a result.
+
+        Args:
+            name: the tool's name, as the student wrote it.
+            arguments: what the student wrote as arguments, parsed from JSON.
+
+        Raises:
+            KeyboardInterrupt: the user pressed Ctrl-C; nothing else is raised.
+        """
+        start = time.perf_counter()
+        try:
+            output = self._run(name, arguments)
+        except ToolError as error:
+            output = encode_error(error)
+        seconds = time.perf_counter() - start
+        return ToolResult(str(name), output.content, output.error, seconds, output.truncated)
+
+    def _run(self, name: object, arguments: object) -> Output:
+        tool = self._tools.get(name) if isinstance(name, str) else None
+        if tool is None:
+            known = f"the tools are: {', '.join(self._tools)}" if self._tools else "there are no tools"
+            message = f"no tool named {str(name)[:100]!r}{did_you_mean(str(name), self._tools)}; {known}"
+            raise ToolError(ToolErrorKind.UNKNOWN_TOOL, message)
+        checked = tool.check(arguments)
+        runner = self._runners.get(tool.name)
+        if runner is None:
+            runner = self._runners[tool.name] = make_runner(tool)
+        try:
+            return runner.call(checked)
+        except TimeoutError:
+            lost = "; its state is lost" if tool.state is not None else ""
+            message = f"the tool did not answer within {tool.timeout_s:g} s and was ended{lost}"
+            raise ToolError(ToolErrorKind.TIMEOUT, message) from None
+
+    def reset(self) -> None:
+        """Starts a new episode: closes the state of every tool; the first call of a tool makes a new one."""
+        for runner in self._runners.values():
+            runner.end_episode()
+
+    def close(self) -> None:
+        """Ends the last episode."""
+        self.reset()
+        self._runners.clear()
 
     def __contains__(self, name: object) -> bool:
         return name in self._tools
@@ -60,29 +130,6 @@ class Toolbox:
 
     def __len__(self) -> int:
         return len(self._tools)
-
-    def call(self, name: str, arguments: object) -> ToolResult:
-        """Runs one call. Total: whatever the tool or the student does, there is a result."""
-        start = time.perf_counter()
-        try:
-            if name not in self._tools:
-                raise ToolError(ToolErrorKind.UNKNOWN_TOOL, f"no tool named {name!r}")
-            if not isinstance(arguments, Mapping):
-                raise ToolError(ToolErrorKind.NOT_AN_OBJECT, "arguments must be an object")
-            value = self._tools[name].function(**arguments)
-            content = value if isinstance(value, str) else json.dumps(value)
-            return ToolResult(name, content, None, time.perf_counter() - start)
-        except ToolError as error:
-            return ToolResult(name, error.content, error.kind, time.perf_counter() - start)
-        except Exception as error:
-            failure = ToolError(ToolErrorKind.EXCEPTION, f"{type(error).__name__}: {error}")
-            return ToolResult(name, failure.content, failure.kind, time.perf_counter() - start)
-
-    def reset(self) -> None:
-        """Starts a new episode: new state for every tool."""
-
-    def close(self) -> None:
-        """Ends the episode."""
 
     def __enter__(self) -> Toolbox:
         return self

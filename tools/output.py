@@ -1,0 +1,81 @@
+"""From what a tool returned or raised to the text that the student reads.
+
+Worked example::
+
+    encode_output({"total": 3, "names": ["a"]}, max_chars=4000)    # Output('{"total":3,"names":["a"]}')
+    encode_output("x" * 9000, max_chars=4000).truncated            # True; the text ends in a marker
+
+Test it alone: ``pytest tests/tools/test_tool_limits.py``
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from opd_env.tools.errors import ToolError, ToolErrorKind
+
+MAX_JSON_CHARS = 1_000_000
+"""A JSON value longer than this is an error: the few characters that the student could see would mean
+nothing."""
+_MAX_ERROR_CHARS = 300
+_HOST_PATH = re.compile(r"(?<![\w/.:])/(?:[^\s/'\":,]+/)+[^\s/'\":,]*")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Text for the student."""
+
+    content: str
+    error: ToolErrorKind | None = None
+    truncated: bool = False
+
+
+def encode_output(value: object, max_chars: int) -> Output:
+    """Text as it is, any other JSON value as compact JSON; cut to ``max_chars``, marker included.
+
+    Raises:
+        ToolError: ``exception`` when the value is no JSON value, ``output_limit`` when its JSON is huge.
+    """
+    if isinstance(value, str):
+        text = str.__str__(value)
+    else:
+        try:
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        except (TypeError, ValueError, RecursionError) as error:
+            message = f"the tool returned what is no JSON value: {_one_line(error)}"
+            raise ToolError(ToolErrorKind.EXCEPTION, message) from error
+        if len(text) > MAX_JSON_CHARS:
+            message = f"the tool returned {len(text)} characters of JSON; the limit is {MAX_JSON_CHARS}"
+            raise ToolError(ToolErrorKind.OUTPUT_LIMIT, message)
+    truncated = len(text) > max_chars
+    if truncated:
+        marker = f"\n[cut: the whole output has {len(text)} characters]"
+        text = text[: max_chars - len(marker)] + marker
+    return Output(_without_surrogates(text), truncated=truncated)
+
+
+def encode_error(error: BaseException) -> Output:
+    """The error's fixed-format JSON. Paths of this machine are taken out; there is no traceback."""
+    if isinstance(error, ToolError):
+        cut = ToolError(error.kind, _without_surrogates(str(error.message)[:4000]))
+        return Output(cut.content, cut.kind)
+    text = _one_line(error)
+    name = type(error).__name__
+    failure = ToolError(ToolErrorKind.EXCEPTION, f"{name}: {text}" if text else name)
+    return Output(failure.content, failure.kind)
+
+
+def _one_line(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:  # a hostile __str__; the exception's type must do
+        return ""
+    text = _HOST_PATH.sub("<path>", " ".join(text[:4000].split()))
+    return _without_surrogates(text if len(text) <= _MAX_ERROR_CHARS else f"{text[: _MAX_ERROR_CHARS - 1]}…")
+
+
+def _without_surrogates(text: str) -> str:
+    """Replaces lone surrogates, which no tokenizer and no UTF-8 file accepts."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

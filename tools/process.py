@@ -1,0 +1,218 @@
+"""Runs a tool in a process of its own, which is killed when the time is up.
+
+Worked example::
+
+    @tool(isolation="process", timeout_s=1.0)
+    def search_text(pattern: str, text: str) -> bool:
+        '''Whether a regular expression matches.  ...'''
+        return re.search(pattern, text) is not None     # a pathological pattern ends after one second
+
+What is covered: code that hangs anywhere (in C, with the interpreter's lock held), ends or crashes its
+process, or starts further processes: its whole process group is killed. If the parent is killed first, a
+timer of the kernel ends the child one second after its limit.
+
+What is not covered: this is no sandbox. The code has the user's rights and files, and a process that leaves
+the group (``setsid``) lives on. Code that a model wrote belongs into ``opd_env.tools.sandbox``.
+
+A process starts in about 0.1 s, which is not counted as the student's time, and is used again by later
+episodes. Functions and classes of a script or a notebook are copied into it (by cloudpickle), those of
+modules are imported.
+
+Test it alone: ``pytest tests/tools/test_tool_process.py``
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from opd_env.tools.base import Tool
+from opd_env.tools.errors import ToolError, ToolErrorKind
+from opd_env.tools.execution import ToolCode
+from opd_env.tools.output import Output, encode_error
+
+logger = logging.getLogger(__name__)
+START_TIMEOUT_S = 60.0
+MAX_IDLE = os.cpu_count() or 1
+"""Idle processes kept per tool."""
+_MAX_REPLY_BYTES = 1 << 26
+_END_EPISODE = b"null"
+_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from opd_env.tools.process import main; main()"
+
+
+class ToolProcess:
+    """One child process, for one tool. Used by one caller at a time."""
+
+    def __init__(self, tool: Tool) -> None:
+        import cloudpickle
+
+        try:
+            code = cloudpickle.dumps(dataclasses.replace(tool))
+        except Exception as error:
+            message = f"the tool cannot be copied into a process of its own ({error}); give it isolation='thread'"
+            raise ToolError(ToolErrorKind.EXCEPTION, message) from error
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            )
+        self._connection = Connection(ours.detach())
+        try:
+            self._connection.send_bytes(code)
+            started = self.ask(None, START_TIMEOUT_S)
+        except TimeoutError:
+            message = f"the tool's process did not start within {START_TIMEOUT_S:g} s"
+            raise ToolError(ToolErrorKind.EXCEPTION, message) from None
+        if started.error is not None:
+            self.kill()
+            raise ToolError(started.error, json.loads(started.content)["message"])
+
+    def ask(self, request: bytes | None, timeout_s: float) -> Output:
+        """Sends a request (None: only waits) and returns the answer.
+
+        Raises:
+            TimeoutError: no answer in time; the process was killed.
+            ToolError: the process died.
+        """
+        try:
+            if request is not None:
+                self._connection.send_bytes(request)
+            if not self._connection.poll(timeout_s):
+                raise TimeoutError(f"no answer within {timeout_s:g} s")
+            content, kind, truncated = json.loads(self._connection.recv_bytes(_MAX_REPLY_BYTES))
+            return Output(content, None if kind is None else ToolErrorKind(kind), truncated)
+        except (OSError, EOFError, ValueError) as error:
+            if isinstance(error, TimeoutError):
+                self.kill()
+                raise
+            raise ToolError(ToolErrorKind.EXCEPTION, f"the tool's process died ({self._cause_of_death()})") from None
+        except BaseException:  # Ctrl-C while waiting
+            self.kill()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """Kills the process and all others of its group."""
+        self._connection.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _cause_of_death(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=0.1)  # the end of the connection may arrive before the end of the process
+        self.kill()
+        code = self._process.returncode
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+class ProcessRunner:
+    """Runs a tool in child processes. One with state keeps its process for the whole episode."""
+
+    def __init__(self, tool: Tool) -> None:
+        self._tool = tool
+        self._process: ToolProcess | None = None
+
+    def call(self, arguments: Mapping[str, Any]) -> Output:
+        """See ``Runner.call``; a process that dies is a ToolError of kind ``exception``."""
+        process, self._process = self._process or _take(self._tool), None
+        output = process.ask(json.dumps(arguments).encode(), self._tool.timeout_s)
+        if self._tool.state is None:
+            _give_back(self._tool, process)
+        else:
+            self._process = process
+        return output
+
+    def end_episode(self) -> None:
+        """See ``Runner.end_episode``."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            process.ask(_END_EPISODE, self._tool.timeout_s)
+        except (TimeoutError, ToolError) as error:
+            logger.warning("closing the state of tool %s failed: %s", self._tool.name, error)
+        else:
+            _give_back(self._tool, process)
+
+
+_idle: WeakKeyDictionary[Tool, list[ToolProcess]] = WeakKeyDictionary()
+
+
+def _take(tool: Tool) -> ToolProcess:
+    waiting = _idle.get(tool, [])
+    while waiting:
+        process = waiting.pop()
+        if process.alive:
+            return process
+        process.kill()
+    return ToolProcess(tool)
+
+
+def _give_back(tool: Tool, process: ToolProcess) -> None:
+    waiting = _idle.setdefault(tool, [])
+    if len(waiting) < MAX_IDLE:
+        waiting.append(process)
+    else:
+        process.kill()
+
+
+def _kill_idle() -> None:
+    for waiting in _idle.values():
+        while waiting:
+            waiting.pop().kill()
+
+
+atexit.register(_kill_idle)
+os.register_at_fork(after_in_child=_idle.clear)  # the processes are the parent's
+
+
+def main() -> None:
+    """The child: ``python -c … PATHS DESCRIPTOR``. Reads the tool, then answers requests until the parent
+    is gone."""
+    descriptor = int(sys.argv[2])
+    os.set_inheritable(descriptor, False)
+    connection, owner = Connection(descriptor), os.getpid()
+
+    def answer(output: Output) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if os.getpid() != owner:
+            os._exit(1)  # the tool forked and this is the child: it must not answer too
+        connection.send_bytes(json.dumps([output.content, output.error, output.truncated]).encode())
+
+    try:
+        tool: Tool = pickle.loads(connection.recv_bytes())
+    except Exception as error:
+        answer(encode_error(error))
+        return
+    code = ToolCode(tool)
+    answer(Output(""))
+    while True:
+        try:
+            arguments = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_REAL, tool.timeout_s + 1)  # ends this process even when the parent cannot
+        if arguments is None:
+            code.close()
+            answer(Output(""))
+        else:
+            answer(code.call(arguments))
