@@ -74,7 +74,7 @@ def advantage(
     if gamma > 0 and (mask is None or log_ratio.dim() != 2):
         raise ValueError(
             f"gamma={gamma} sums over later tokens of an episode: it needs log_ratio of shape [B, T], got "
-            f"{tuple(log_ratio.shape)}, and the mask of sampled tokens, got {'none' if mask is None else 'one'}"
+            f"{tuple(log_ratio.shape)}, and the mask of own tokens, got {'none' if mask is None else 'one'}"
         )
     if clip_log_ratio is not None and not clip_log_ratio > 0:
         raise ValueError(f"clip_log_ratio={clip_log_ratio} must be positive, or None for no bound")
@@ -114,9 +114,7 @@ def discounted_future_sum(values_BT: Tensor, mask_BT: Tensor, gamma: float) -> T
         Shape ``[B, T]``; 0 outside the mask.
     """
     rows, length = values_BT.shape
-    rank_BT = torch.where(
-        mask_BT, mask_BT.cumsum(1) - 1, length
-    )  # the place among the row's own; others share a spare
+    rank_BT = torch.where(mask_BT, mask_BT.cumsum(1) - 1, length)  # the place among the row's own; others share a spare
     own_BT = values_BT.new_zeros(rows, length + 1).scatter(1, rank_BT, torch.where(mask_BT, values_BT, 0.0))
     sums_BT = gamma * torch.nn.functional.pad(own_BT[:, 1:length], (0, 2))
     reach, factor = 1, gamma

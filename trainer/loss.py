@@ -50,10 +50,7 @@ def policy_loss(
             log-prob of a sampled token is not finite (the message has its index).
     """
     _check(logprobs, behaviour_logprobs, advantages, mask, clip_ratio, truncate_weight)
-    if not num_tokens > 0:
-        raise ValueError(
-            f"num_tokens={float(num_tokens):g} must be positive: all sampled tokens of the optimiser batch"
-        )
+    _check_count(num_tokens)
     mask = mask.bool()
     advantages = _only(mask, advantages.detach())
     ratio = _ratio(logprobs, behaviour_logprobs, mask)
@@ -63,6 +60,22 @@ def policy_loss(
     if clip_ratio is not None:
         weighted = torch.minimum(weighted, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages)
     return -_only(mask, weighted).sum() / num_tokens
+
+
+def mean_loss(loss_N: Tensor, num_tokens: int | float | Tensor) -> Tensor:
+    """``(1/N) Σ loss_n``, a scalar: the loss of the ``full`` estimator, N as in ``policy_loss``.
+
+    Raises:
+        ValueError: N is not positive, or the divergence is not finite at some prefix.
+    """
+    _check_count(num_tokens)
+    bad = ~loss_N.isfinite()
+    if bool(bad.any()):
+        raise ValueError(
+            f"the divergence is {float(loss_N[bad][0]):g} at sampled token {int(bad.nonzero()[0])} of {len(loss_N)} "
+            f"({int(bad.sum())} such): {_EXTREME}"
+        )
+    return loss_N.sum() / num_tokens
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,16 @@ def loss_statistics(
     )
 
 
+_EXTREME = "the teacher forbids a token or log u is extreme; set clip_log_ratio"
+
+
+def _check_count(num_tokens: int | float | Tensor) -> None:
+    if not num_tokens > 0:
+        raise ValueError(
+            f"num_tokens={float(num_tokens):g} must be positive: all sampled tokens of the optimiser batch"
+        )
+
+
 def _only(mask: Tensor, values: Tensor) -> Tensor:
     """Values inside the mask, 0 outside: before any product, since 0 * inf is NaN in value and gradient."""
     return torch.where(mask, values, 0.0)
@@ -146,13 +169,11 @@ def _check(
     if clip_ratio is not None and not 0 < clip_ratio < 1:
         raise ValueError(f"clip_ratio={clip_ratio} must lie between 0 and 1 (0.2 is usual), or be None")
     if truncate_weight is not None and not truncate_weight >= 1:
-        raise ValueError(
-            f"truncate_weight={truncate_weight} must be at least 1 (the on-policy weight), or None"
-        )
+        raise ValueError(f"truncate_weight={truncate_weight} must be at least 1 (the on-policy weight), or None")
     if clip_ratio is not None and truncate_weight is not None:
         raise ValueError("clip_ratio and truncate_weight bound the same importance weight; give one of them")
     advice = {
-        "advantages": "the teacher forbids the token or log u is extreme; set clip_log_ratio",
+        "advantages": _EXTREME,
         "logprobs": "a token of probability 0 cannot have been sampled; check mask and positions",
         "behaviour_logprobs": "the log-prob recorded at sampling is finite; check mask and positions",
     }
