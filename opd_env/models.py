@@ -55,10 +55,7 @@ def load_model(name: str, *, dtype: str = "float32", device: str | torch.device 
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "smollm2":
-        loaded = _load_smollm2(dtype)
-    else:
-        loaded = _load_pretrained(name, dtype)
+    loaded = _load_smollm2(dtype) if name == "smollm2" else _load_pretrained(name, dtype)
     loaded.model.to(device).eval()
     return loaded
 
@@ -122,7 +119,7 @@ def split_model(model: Any) -> SplitModel:
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     def head(hidden_NH: torch.Tensor) -> torch.Tensor:
-        logits_NV = projection(hidden_NH)
+        logits_NV: torch.Tensor = projection(hidden_NH)
         if scale != 1.0:
             logits_NV = logits_NV * scale
         if cap is not None:

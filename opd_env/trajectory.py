@@ -146,7 +146,9 @@ class Trajectory:
         ):  # fmt: skip
             array = getattr(self, name)
             if array.shape != (length,) or array.dtype != dtype:
-                raise ValueError(f"{where}: {name} is {array.dtype}{array.shape}, expected {np.dtype(dtype)}({length},)")
+                raise ValueError(
+                    f"{where}: {name} is {array.dtype}{array.shape}, expected {np.dtype(dtype)}({length},)"
+                )
 
         def refuse(bad: NDArray[np.bool_], rule: str) -> None:
             if bad.any():
@@ -154,7 +156,10 @@ class Trajectory:
                 raise ValueError(f"{where}: {rule}; broken first at token {index} of {length}")
 
         refuse(self.token_ids < 0, "token ids are not negative")
-        refuse(self.sampled != np.isin(self.kind, SAMPLED_KINDS), "sampled is true exactly for text, thinking and tool calls")
+        refuse(
+            self.sampled != np.isin(self.kind, SAMPLED_KINDS),
+            "sampled is true exactly for text, thinking and tool calls",
+        )
         refuse(~self.sampled & (self.logprobs != 0), "a token that was not sampled has log-prob 0")
         refuse(~np.isfinite(self.logprobs) | (self.logprobs > 1e-4), "a log-prob is finite and not positive")
         refuse((self.kind == TokenKind.PROMPT) != (self.turn == 0), "turn is 0 exactly for the prompt")
@@ -167,7 +172,9 @@ class Trajectory:
             refuse(spans & (self.turn > number), f"turn {number} holds tokens of a later turn")
             for call in turn.calls:
                 if not turn.start <= call.start < call.stop <= turn.stop:
-                    raise ValueError(f"{where}: a call of turn {number} spans [{call.start}, {call.stop}), outside its turn")
+                    raise ValueError(
+                        f"{where}: a call of turn {number} spans [{call.start}, {call.stop}), outside its turn"
+                    )
         refuse(spans != self.sampled, "the turns' spans hold exactly the sampled tokens")
 
     @property

@@ -16,7 +16,16 @@ from opd_env.formats.base import ChatFormat, Rendered
 from opd_env.formats.hermes import HermesFormat
 from opd_env.formats.parse import ParsedCall, ParsedTurn, Span, parse_hermes
 
-__all__ = ["ChatFormat", "HermesFormat", "ParsedCall", "ParsedTurn", "Rendered", "Span", "get_format", "parse_hermes"]
+__all__ = [
+    "ChatFormat",
+    "HermesFormat",
+    "ParsedCall",
+    "ParsedTurn",
+    "Rendered",
+    "Span",
+    "get_format",
+    "parse_hermes",
+]
 
 
 def get_format(tokenizer: Any) -> ChatFormat:

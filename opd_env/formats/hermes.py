@@ -96,7 +96,11 @@ class HermesFormat(ChatFormat):
         """See ``ChatFormat``. Special tokens written in a result are plain text to the model."""
         pieces = [Piece("\n<|im_start|>user")]
         for message in messages:
-            pieces += [Piece("\n<tool_response>\n"), Piece(message["content"], trusted=False), Piece("\n</tool_response>")]
+            pieces += [
+                Piece("\n<tool_response>\n"),
+                Piece(message["content"], trusted=False),
+                Piece("\n</tool_response>"),
+            ]
         encoded = self._text.encode([*pieces, Piece("<|im_end|>\n<|im_start|>assistant\n")])
         kinds = [TokenKind.TOOL_OUTPUT if untrusted else TokenKind.SCAFFOLD for untrusted in encoded.untrusted]
         return Rendered(encoded.ids, kinds)
@@ -120,7 +124,9 @@ class HermesFormat(ChatFormat):
         """See ``ChatFormat``."""
         return self._text.decode(ids).text
 
-    def _template(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], prompt: bool = True) -> str:
+    def _template(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], prompt: bool = True
+    ) -> str:
         rendered = self._tokenizer.apply_chat_template(
             list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
         )
@@ -133,7 +139,13 @@ class HermesFormat(ChatFormat):
         final = assistant("The answer is 42.")
         if self._template_knows_tools:
             tools = [_SAMPLE_SCHEMA]
-            conversation = [*opening, turn, tool_message("calculator", " 42\n"), tool_message("calculator", "é€"), final]
+            conversation = [
+                *opening,
+                turn,
+                tool_message("calculator", " 42\n"),
+                tool_message("calculator", "é€"),
+                final,
+            ]
         else:  # such a template is asked for the same text, written as ordinary messages
             tools = []
             written = self.decode(self.render_assistant(turn)[:-1])
@@ -167,6 +179,10 @@ _SAMPLE_SCHEMA: dict[str, Any] = {
     "function": {
         "name": "calculator",
         "description": "Computes.",
-        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string"}},
+            "required": ["expression"],
+        },
     },
 }

@@ -2,9 +2,9 @@
 
 Worked example::
 
-    turn = parse_hermes('Let me see.\\n<tool_call>\\n{"name": "calculator", "arguments": {"expression": "6*7"}}\\n</tool_call>')
+    turn = parse_hermes('Well.<tool_call>{"name": "calculator", "arguments": {"expression": "6*7"}}</tool_call>')
     turn.calls[0].name, turn.calls[0].arguments     # 'calculator', {'expression': '6*7'}
-    turn.content                                    # 'Let me see.'
+    turn.content                                    # 'Well.'
 
 Rules
 - A call is ``<tool_call>`` JSON ``</tool_call>``. The JSON is read first, so that tags inside its strings are text.
@@ -159,7 +159,14 @@ def _check_call(value: object, raw: str, span: Span) -> ParsedCall:
 
 
 def _json_type(value: object) -> str:
-    names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
+    names = {
+        type(None): "null",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        str: "string",
+        list: "array",
+    }
     return names.get(type(value), "object")
 
 
@@ -187,7 +194,10 @@ class _Decoder(json.JSONDecoder):
 
     def __init__(self) -> None:
         super().__init__(
-            parse_constant=_refuse_constant, object_pairs_hook=_unique_keys, parse_float=_clean_float, strict=False
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique_keys,
+            parse_float=_clean_float,
+            strict=False,
         )
 
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:

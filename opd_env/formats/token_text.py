@@ -91,28 +91,29 @@ class TokenText:
     def encode(self, pieces: Sequence[Piece]) -> Encoded:
         """Encodes the pieces as one text: tokens may span pieces, as they would in a chat template's output."""
         encoded = Encoded([], [])
-        stretch, flags = "", []  # text between special tokens, and for every character whether it is untrusted
+        stretch = ""  # text between special tokens
+        untrusted: list[bool] = []  # for every character of it
 
         def flush() -> None:
-            nonlocal stretch, flags
-            if stretch:
-                encoding = self._plain.encode(stretch, add_special_tokens=False)
-                encoded.ids.extend(encoding.ids)
-                encoded.untrusted.extend(any(flags[start:stop]) for start, stop in encoding.offsets)
-                stretch, flags = "", []
+            nonlocal stretch
+            encoding = self._plain.encode(stretch, add_special_tokens=False)
+            encoded.ids.extend(encoding.ids)
+            encoded.untrusted.extend(any(untrusted[start:stop]) for start, stop in encoding.offsets)
+            stretch = ""
+            untrusted.clear()
 
         for text, trusted in pieces:
             position = 0
             if trusted:
                 for match in self._special_pattern.finditer(text):
                     stretch += text[position : match.start()]
-                    flags += [False] * (match.start() - position)
+                    untrusted += [False] * (match.start() - position)
                     flush()
                     encoded.ids.append(self._special[match.group()])
                     encoded.untrusted.append(False)
                     position = match.end()
             stretch += text[position:]
-            flags += [not trusted] * (len(text) - position)
+            untrusted += [not trusted] * (len(text) - position)
         flush()
         return encoded
 

@@ -1,0 +1,52 @@
+"""Budgets of an episode, and the order in which they are looked at.
+
+After every turn of the student, first match wins:
+
+1. the turn itself was cut → ``turn_length`` or ``episode_length``; none of its calls is run
+2. no call in the turn → ``answer``
+3. ``max_seconds`` is over → ``time``; the calls are not run
+4. the calls are run in order; those beyond ``max_tool_calls`` are answered with a budget error
+5. a tool that ends the episode answered → ``stop_tool``
+6. a call was beyond ``max_tool_calls`` → ``max_tool_calls``
+7. ``max_errors`` failed calls in a row → ``max_errors``
+8. that was turn number ``max_turns`` → ``max_turns``
+9. the tool results leave no room for another turn in ``max_tokens`` → ``episode_length``
+
+``ToolEnv`` looks at 2 to 8; tokens (1 and 9) are known to the rollout only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """Budgets of one episode.
+
+    Raises:
+        ValueError: a limit is not positive.
+    """
+
+    max_turns: int = 8
+    """Assistant turns."""
+    max_tool_calls: int = 16
+    """Tool calls, failed ones included."""
+    max_errors: int = 4
+    """Failed calls in a row."""
+    max_turn_tokens: int = 256
+    """Sampled tokens of one turn."""
+    max_tokens: int = 2048
+    """Tokens of the whole episode: prompt, sampled tokens and tool output."""
+    max_seconds: float = 300.0
+    """Wall time of the episode, in seconds."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"{field.name}={value} must be positive")
+        if self.max_turn_tokens > self.max_tokens:
+            raise ValueError(
+                f"max_turn_tokens={self.max_turn_tokens} is more than max_tokens={self.max_tokens} of the whole episode"
+            )

@@ -1,0 +1,271 @@
+"""Plays many episodes at once: the engine samples turns, environments run the tools, recorders keep the tokens.
+
+Worked example::
+
+    chat = get_format(loaded.tokenizer)
+    engine = LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size)
+    result = rollout(load_task("arithmetic"), engine, chat, indices=range(64), seed=1)
+    result.trajectories[0].correct
+
+Episodes are independent: one that waits for a slow tool, or is over, does not hold the others. A failure of the
+kit itself (never of a student or a tool) is recorded as an ``EpisodeError``, counted, and raised under pytest.
+
+Test it alone: ``pytest tests/core/test_rollout.py``
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from opd_env.engine import Completion, Engine, Request, SamplingParams
+from opd_env.env import ToolEnv
+from opd_env.episode import EpisodeRecorder
+from opd_env.formats import ChatFormat, ParsedTurn
+from opd_env.limits import RolloutLimits
+from opd_env.tasks import Example, Task
+from opd_env.tools import Tool
+from opd_env.trajectory import StopReason, Trajectory
+
+
+@dataclass(frozen=True)
+class EpisodeError:
+    """An episode that the kit failed to finish. It is not the student's fault and does not enter any rate."""
+
+    example_id: str
+    sample: int
+    message: str
+
+
+@dataclass
+class RolloutResult:
+    """Finished episodes in the order of ``indices`` and samples, and what they took."""
+
+    trajectories: list[Trajectory]
+    errors: list[EpisodeError] = field(default_factory=list)
+    seconds: float = 0.0
+    """Wall time of the whole rollout."""
+    generate_seconds: float = 0.0
+    """Wall time inside the engine."""
+    tool_seconds: float = 0.0
+    """Summed over episodes; tools of different episodes overlap."""
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that the student chose."""
+        return sum(trajectory.num_sampled for trajectory in self.trajectories)
+
+
+@dataclass
+class _Episode:
+    key: int
+    index: int
+    sample: int
+    seed: int
+    env: ToolEnv
+    example: Example
+    recorder: EpisodeRecorder
+    started: float
+    submitted: float = 0.0
+    turn: int = 0
+
+
+def rollout(
+    task: Task,
+    engine: Engine,
+    chat: ChatFormat,
+    *,
+    indices: Iterable[int] | None = None,
+    samples: int = 1,
+    tools: Sequence[str | Tool] | None = None,
+    limits: RolloutLimits | None = None,
+    sampling: SamplingParams | None = None,
+    seed: int = 0,
+    tool_workers: int = 8,
+    on_finished: Callable[[Trajectory], None] | None = None,
+) -> RolloutResult:
+    """Plays ``samples`` episodes of every example.
+
+    Args:
+        task: the problems.
+        engine: samples the student's turns; idle.
+        chat: the format of the student's tokenizer.
+        indices: which examples; all by default. An index may stand more than once.
+        samples: episodes of each.
+        tools: what the student may call; by default the task's own.
+        limits: budgets; ``limits.max_turn_tokens`` replaces ``sampling.max_tokens``.
+        sampling: temperature and truncation; by default temperature 1.
+        seed: every episode's random numbers follow from it, the example's id and the sample's number.
+        tool_workers: threads that run tools, so that a slow one holds only its own episode. With 0 they run in
+            turn in this thread, which makes a rollout reproducible to the bit.
+        on_finished: called with every trajectory as soon as it is finished, in this thread.
+    """
+    return _Rollout(
+        task, engine, chat, tools, limits or RolloutLimits(), sampling or SamplingParams(), seed, on_finished
+    ).run(
+        [(index, sample) for index in (range(len(task)) if indices is None else indices) for sample in range(samples)],
+        tool_workers,
+    )
+
+
+class _Rollout:
+    """The state of one call of ``rollout``."""
+
+    def __init__(
+        self,
+        task: Task,
+        engine: Engine,
+        chat: ChatFormat,
+        tools: Sequence[str | Tool] | None,
+        limits: RolloutLimits,
+        sampling: SamplingParams,
+        seed: int,
+        on_finished: Callable[[Trajectory], None] | None,
+    ) -> None:
+        self.task, self.engine, self.chat, self.tools = task, engine, chat, tools
+        self.limits, self.sampling, self.seed = limits, sampling, seed
+        self.on_finished = on_finished
+        self.finished: dict[int, Trajectory] = {}
+        self.errors: list[EpisodeError] = []
+        self.live: dict[int, _Episode] = {}
+        self.playing: dict[Future[Any], tuple[_Episode, ParsedTurn, float]] = {}
+        self.idle_envs: list[ToolEnv] = []
+        self.generate_seconds = self.tool_seconds = 0.0
+
+    def run(self, jobs: Sequence[tuple[int, int]], tool_workers: int) -> RolloutResult:
+        started = time.perf_counter()
+        waiting = list(enumerate(jobs))[::-1]
+        pool = ThreadPoolExecutor(tool_workers, thread_name_prefix="opd-env-tool") if tool_workers else None
+        try:
+            while waiting or self.live:
+                while waiting and len(self.live) < self.engine.capacity:
+                    self._open(*waiting.pop())
+                if self.engine.busy:
+                    before = time.perf_counter()
+                    completions = self.engine.step()
+                    self.generate_seconds += time.perf_counter() - before
+                    for completion in completions:
+                        self._guard(self.live[completion.episode], self._turn_sampled, completion, pool)
+                elif self.playing:
+                    wait(self.playing, return_when=FIRST_COMPLETED)
+                for future in [future for future in self.playing if future.done()]:
+                    episode, parsed, before = self.playing.pop(future)
+                    self._guard(episode, self._turn_played, parsed, future.result, time.perf_counter() - before)
+        finally:
+            for key in list(self.live):
+                self.engine.release(key)
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+            for env in [*self.idle_envs, *(episode.env for episode in self.live.values())]:
+                env.close()
+        return RolloutResult(
+            trajectories=[self.finished[key] for key in sorted(self.finished)],
+            errors=self.errors,
+            seconds=time.perf_counter() - started,
+            generate_seconds=self.generate_seconds,
+            tool_seconds=self.tool_seconds,
+        )
+
+    def _open(self, key: int, job: tuple[int, int]) -> None:
+        index, sample = job
+        env = (
+            self.idle_envs.pop()
+            if self.idle_envs
+            else ToolEnv(self.task, self.tools, limits=self.limits, parse=self.chat.parse_text)
+        )
+        _, info = env.reset(options={"index": index})
+        example: Example = info["example"]
+        seed = episode_seed(self.seed, example.id, sample)
+        recorder = EpisodeRecorder(self.chat, info["messages"], info["tools"])
+        episode = _Episode(key, index, sample, seed, env, example, recorder, time.perf_counter())
+        self.live[key] = episode
+        self._guard(episode, self._ask)
+
+    def _ask(self, episode: _Episode) -> None:
+        """Queues the next turn, or ends the episode when no room is left for one."""
+        room = self.limits.max_tokens - len(episode.recorder.ids)
+        if room < 1:
+            self._cut(episode, StopReason.EPISODE_LENGTH)
+            return
+        params = replace(self.sampling, max_tokens=min(room, self.limits.max_turn_tokens))
+        # A turn has at most max_tokens random numbers; turns of one episode must not share them.
+        seed = episode.seed * 1_000_003 + episode.turn
+        episode.submitted = time.perf_counter()
+        self.engine.submit(Request(episode.key, list(episode.recorder.ids), params, seed))
+
+    def _turn_sampled(self, episode: _Episode, completion: Completion, pool: ThreadPoolExecutor | None) -> None:
+        now = time.perf_counter()
+        episode.turn += 1
+        parsed = episode.recorder.sampled(
+            completion.token_ids,
+            completion.logprobs,
+            truncated=completion.truncated,
+            seconds=now - episode.submitted,
+        )
+        if completion.truncated:
+            cut_by_episode = len(episode.recorder.ids) >= self.limits.max_tokens
+            reason = StopReason.EPISODE_LENGTH if cut_by_episode else StopReason.TURN_LENGTH
+            self._cut(episode, reason)
+        elif pool is None or not parsed.calls:
+            result = episode.env.step(parsed.text)
+            self._turn_played(episode, parsed, lambda: result, time.perf_counter() - now)
+        else:
+            self.playing[pool.submit(episode.env.step, parsed.text)] = (episode, parsed, now)
+
+    def _turn_played(self, episode: _Episode, parsed: ParsedTurn, outcome: Callable[[], Any], seconds: float) -> None:
+        _, _, terminated, truncated, info = outcome()
+        self.tool_seconds += seconds
+        episode.recorder.played(parsed, info["calls"], seconds)
+        if terminated or truncated:
+            self._end(episode, info["stop_reason"], info["answer"], info["grade"])
+        elif episode.recorder.answered(info["messages"], self.limits.max_tokens):
+            self._ask(episode)
+        else:
+            self._cut(episode, StopReason.EPISODE_LENGTH)
+
+    def _cut(self, episode: _Episode, reason: StopReason) -> None:
+        """Ends an episode because a budget of tokens ran out."""
+        self._end(episode, reason, None, episode.env.truncate(reason))
+
+    def _end(self, episode: _Episode, reason: StopReason, answer: str | None, grade: Any) -> None:
+        trajectory = episode.recorder.finish(
+            episode.example,
+            grade,
+            reason,
+            answer,
+            task=self.task.name,
+            sample=episode.sample,
+            seed=self.seed,
+            seconds=time.perf_counter() - episode.started,
+        )
+        self._close(episode)
+        self.finished[episode.key] = trajectory
+        if self.on_finished is not None:
+            self.on_finished(trajectory)
+
+    def _close(self, episode: _Episode) -> None:
+        self.engine.release(episode.key)
+        if self.live.pop(episode.key, None) is not None:
+            self.idle_envs.append(episode.env)
+
+    def _guard(self, episode: _Episode, action: Callable[..., None], *args: Any) -> None:
+        """Turns a failure of the kit into a counted error of one episode; under pytest it is raised."""
+        try:
+            action(episode, *args)
+        except Exception as error:
+            if "PYTEST_CURRENT_TEST" in os.environ:
+                raise
+            self._close(episode)
+            message = f"{type(error).__name__}: {error}"
+            self.errors.append(EpisodeError(episode.example.id, episode.sample, message))
+
+
+def episode_seed(seed: int, example_id: str, sample: int) -> int:
+    """A 63-bit seed that depends on nothing but the run's seed, the example and the sample's number."""
+    digest = hashlib.sha256(f"{seed}/{example_id}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
