@@ -214,6 +214,3 @@ def _as_message(turn: ParsedTurn) -> Message:
 def _shown(message: Message) -> str:
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
     return " ".join([message["content"], *calls]).strip()
-
-
-gymnasium.register(id="opd_env/ToolUse-v0", entry_point="opd_env.env:ToolEnv")

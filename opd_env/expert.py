@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from opd_env.engine import Request, ScriptedEngine
 from opd_env.formats import ChatFormat
 from opd_env.limits import RolloutLimits
-from opd_env.rollout import rollout
+from opd_env.rollouts import rollout
 from opd_env.tasks import Task
 from opd_env.tools import Tool
 from opd_env.trajectory import Trajectory

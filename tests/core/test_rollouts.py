@@ -14,7 +14,7 @@ from opd_env.formats import get_format
 from opd_env.limits import RolloutLimits
 from opd_env.local_engine import LocalEngine
 from opd_env.messages import Message, ToolCall, assistant, user
-from opd_env.rollout import RolloutResult, rollout
+from opd_env.rollouts import RolloutResult, rollout
 from opd_env.tasks import Example, Grade, Task, grade_number
 from opd_env.tools import ToolErrorKind, tool
 from opd_env.trajectory import StopReason, TokenKind, Trajectory

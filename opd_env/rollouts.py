@@ -10,7 +10,7 @@ Worked example::
 Episodes are independent: one that waits for a slow tool, or is over, does not hold the others. A failure of the
 kit itself (never of a student or a tool) is recorded as an ``EpisodeError``, counted, and raised under pytest.
 
-Test it alone: ``pytest tests/core/test_rollout.py``
+Test it alone: ``pytest tests/core/test_rollouts.py``
 """
 
 from __future__ import annotations
