@@ -110,9 +110,7 @@ def register_divergence(
     values = _call(name, f, u)
     at_one = float(_call(name, f, torch.ones(1, dtype=torch.float64)))
     if not abs(at_one) <= 1e-9:
-        raise ValueError(
-            f"divergence {name!r}: f(1) = {at_one:g}, but a divergence needs f(1) = 0; subtract it"
-        )
+        raise ValueError(f"divergence {name!r}: f(1) = {at_one:g}, but a divergence needs f(1) = 0; subtract it")
     _refuse_where(~values.isfinite(), u, f"divergence {name!r}: f(u) is not finite")
     slope_at_one = float(_slope(name, f, torch.ones(1, dtype=torch.float64)))
     chords = values.diff() / u.diff()
@@ -134,9 +132,7 @@ def register_divergence(
 
     centred: Elementwise = by_autograd
     if weight is not None:
-        _refuse_mismatch(
-            weight(log_u), by_autograd(log_u) + slope_at_one, u, f"divergence {name!r}: weight(log u)"
-        )
+        _refuse_mismatch(weight(log_u), by_autograd(log_u) + slope_at_one, u, f"divergence {name!r}: weight(log u)")
         centred = _minus(weight, slope_at_one)
     if minus_f is not None:
         _refuse_mismatch(minus_f(log_u), -values, u, f"divergence {name!r}: minus_f(log u)")

@@ -91,9 +91,7 @@ def _times_u(log_u: Tensor, factor: Tensor) -> Tensor:
 
 
 def _sign(log_u: Tensor) -> Tensor:
-    return torch.where(
-        log_u.isnan(), log_u, log_u.sign()
-    )  # torch.sign(nan) is 0: agreement where there is none
+    return torch.where(log_u.isnan(), log_u, log_u.sign())  # torch.sign(nan) is 0: agreement where there is none
 
 
 REVERSE_KL = Divergence(
