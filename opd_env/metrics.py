@@ -23,11 +23,9 @@ from numpy.typing import NDArray
 
 from opd_env.statistics import Rate, bootstrap_interval, pass_at_k, rate
 from opd_env.tools import ToolErrorKind
-from opd_env.trajectory import CallRecord, StopReason, Trajectory
+from opd_env.trajectory import CallRecord, StopReason, TokenKind, Trajectory
 
-PARSE_ERRORS = frozenset(
-    {ToolErrorKind.UNTERMINATED, ToolErrorKind.INVALID_JSON, ToolErrorKind.NOT_AN_OBJECT}
-)
+PARSE_ERRORS = frozenset({ToolErrorKind.UNTERMINATED, ToolErrorKind.INVALID_JSON, ToolErrorKind.NOT_AN_OBJECT})
 """The block could not be read as a call."""
 NOT_JUDGED = frozenset({ToolErrorKind.SANDBOX, ToolErrorKind.BUDGET})
 """The call did not run, for a reason outside it: left out of every rate."""
@@ -67,7 +65,7 @@ class Summary:
     called: Rate
     """Episodes with at least one readable call. ``called``, ``malformed`` and ``abstained`` add up to 1."""
     malformed: Rate
-    """Episodes that attempted calls, none of them readable."""
+    """Episodes that attempted calls, none of them readable; a call that a length limit cut is such an attempt."""
     abstained: Rate
     """Episodes that attempted no call."""
     over_call: Rate
@@ -112,8 +110,7 @@ class Summary:
                 flat[f"{field.name}_n"] = entry["n"]
             elif isinstance(value, Mapping):
                 flat[field.name] = {
-                    str(key): entry.to_json() if isinstance(entry, Rate) else entry
-                    for key, entry in value.items()
+                    str(key): entry.to_json() if isinstance(entry, Rate) else entry for key, entry in value.items()
                 }
             else:
                 flat[field.name] = _null(value)
@@ -194,8 +191,7 @@ def summarise(trajectories: Iterable[Trajectory]) -> Summary:
         truncated=share("truncated", "episodes"),
         scores=_score_rates(scores, problem_E, n),
         by_difficulty={
-            int(level): rate(correct_P[level_P == level], episodes_P[level_P == level])
-            for level in np.unique(level_P)
+            int(level): rate(correct_P[level_P == level], episodes_P[level_P == level]) for level in np.unique(level_P)
         },
         stop_reasons={str(reason): stops[reason] for reason in StopReason},
         tool_errors={str(kind): errors[kind] for kind in ToolErrorKind},
@@ -225,6 +221,8 @@ def _count(trajectory: Trajectory) -> dict[str, float]:
     fitting = [call for call in named if call.error is not ToolErrorKind.SCHEMA]
     # A call beyond the budget was read, so it tells whether the episode called; it does not tell how well.
     called = any(call.error not in PARSE_ERRORS for call in calls)
+    # A turn that was cut in the middle of a call has call tokens, but no call.
+    attempted = bool(calls) or bool((trajectory.kind == TokenKind.TOOL_CALL).any())
     needs = trajectory.scores.get(NEEDS_TOOL)
     failed_turns = [_failed(turn.calls) for turn in trajectory.turns]
     first_failure = failed_turns.index(True) if True in failed_turns else len(failed_turns)
@@ -240,11 +238,11 @@ def _count(trajectory: Trajectory) -> dict[str, float]:
         "answered": sum(call.error is None for call in fitting),
         "repeated": len(parsed) - len({_signature(call) for call in parsed}),
         "called": called,
-        "malformed": bool(calls) and not called,
-        "abstained": not calls,
+        "malformed": attempted and not called,
+        "abstained": not attempted,
         "needs_tool": needs == 1,
         "needs_none": needs == 0,
-        "over_called": needs == 0 and bool(calls),
+        "over_called": needs == 0 and attempted,
         "under_called": needs == 1 and not called,
         "failed": True in failed_turns,
         "recovered": any(call.error is None for call in later),

@@ -88,9 +88,9 @@ def wilson(successes: int, n: int) -> Rate:
 def rate(successes: ArrayLike, trials: ArrayLike | None = None, *, seed: int = 0) -> Rate:
     """The pooled share ``sum(successes) / sum(trials)`` with an interval that is clustered by problem.
 
-    One yes-or-no trial per problem gives the Wilson interval; anything else a percentile bootstrap that
-    draws whole problems. A bootstrap of problems that are all 0 or all 1 has no width; there the interval is
-    Wilson's with one trial per problem, which is what remains known when trials of a problem always agree.
+    The interval is a percentile bootstrap that draws whole problems. Where the trials of each problem agree, one
+    trial per problem would say as much: then it is the Wilson interval of the problems, which also keeps a width
+    when all are 0 or all are 1 (the bootstrap would have none).
 
     Args:
         successes: one number per problem, shape ``[problems]``: successful trials, or any sum of scores in
@@ -102,9 +102,7 @@ def rate(successes: ArrayLike, trials: ArrayLike | None = None, *, seed: int = 0
         ValueError: the shapes differ or a success count lies outside 0 … trials.
     """
     successes_P = np.asarray(successes, dtype=np.float64).reshape(-1)
-    trials_P = (
-        np.ones_like(successes_P) if trials is None else np.asarray(trials, dtype=np.float64).reshape(-1)
-    )
+    trials_P = np.ones_like(successes_P) if trials is None else np.asarray(trials, dtype=np.float64).reshape(-1)
     if successes_P.shape != trials_P.shape:
         raise ValueError(
             f"{len(successes_P)} success counts but {len(trials_P)} trial counts; expected one per problem"
@@ -119,8 +117,8 @@ def rate(successes: ArrayLike, trials: ArrayLike | None = None, *, seed: int = 0
     if problems == 0:
         return NO_RATE
     value = float(successes_P.sum() / trials_P.sum())
-    binary = bool(np.isin(successes_P, (0, 1)).all() and (trials_P == 1).all())
-    if binary or value in (0.0, 1.0):
+    agreed = bool(((successes_P == 0) | (successes_P == trials_P)).all() and (trials_P == trials_P[0]).all())
+    if agreed or value in (0.0, 1.0):
         edge = wilson(round(value * problems), problems)
         return Rate(value, edge.low, edge.high, problems)
     low, high = bootstrap_interval(successes_P, trials_P, seed=seed)
@@ -140,9 +138,7 @@ def bootstrap_interval(
     Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
     """
     numerators_P = np.asarray(numerators, dtype=np.float64)
-    denominators_P = (
-        np.ones_like(numerators_P) if denominators is None else np.asarray(denominators, dtype=np.float64)
-    )
+    denominators_P = np.ones_like(numerators_P) if denominators is None else np.asarray(denominators, dtype=np.float64)
     problems = len(numerators_P)
     rng = np.random.default_rng(seed)
     block = max(1, _CELLS_AT_ONCE // problems)
@@ -213,9 +209,7 @@ def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int
         ValueError: different lengths, or no problem.
     """
     if len(first) != len(second) or not len(first):
-        raise ValueError(
-            f"{len(first)} and {len(second)} scores; a paired comparison needs one of each per problem"
-        )
+        raise ValueError(f"{len(first)} and {len(second)} scores; a paired comparison needs one of each per problem")
     difference_P = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     n = len(difference_P)
     gained, lost = int((difference_P > 0).sum()), int((difference_P < 0).sum())

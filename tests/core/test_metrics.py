@@ -6,16 +6,17 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trajectory_samples import Call, make_trajectories, make_trajectory
 
 from opd_env.metrics import NEEDS_TOOL, Summary, summarise
 from opd_env.statistics import NO_RATE, pass_at_k, rate, wilson
 from opd_env.tools import ToolErrorKind
 from opd_env.trajectory import StopReason, Trajectory
+from tests.core.trajectory_samples import Call, make_trajectories, make_trajectory
 
 GOOD = Call("calculator", '{"expression": "6*7"}', "42")
 UNREADABLE = Call(None, '{"name": "calculator", "arg', "…", ToolErrorKind.INVALID_JSON)
@@ -84,9 +85,7 @@ def test_the_stages_of_a_call_are_conditional_and_multiply_to_validity() -> None
     assert sum(summary.tool_errors.values()) == 5
 
 
-@pytest.mark.parametrize(
-    "kind", [ToolErrorKind.UNTERMINATED, ToolErrorKind.INVALID_JSON, ToolErrorKind.NOT_AN_OBJECT]
-)
+@pytest.mark.parametrize("kind", [ToolErrorKind.UNTERMINATED, ToolErrorKind.INVALID_JSON, ToolErrorKind.NOT_AN_OBJECT])
 def test_every_unreadable_block_fails_at_the_first_stage(kind: ToolErrorKind) -> None:
     summary = summarise([episode([Call(None, "{", "…", kind)])])
     assert summary.parse_rate.value == 0
@@ -114,6 +113,13 @@ def test_called_malformed_and_abstained_are_told_apart() -> None:
     assert shares == (0.5, 0.25, 0.25)
 
 
+def test_a_call_that_a_length_limit_cut_is_a_malformed_attempt() -> None:
+    cut = make_trajectory(turns=[[GOOD]], stop_reason=StopReason.TURN_LENGTH)
+    cut = replace(cut, turns=tuple(replace(turn, calls=(), truncated=True) for turn in cut.turns))
+    summary = summarise([cut])
+    assert (summary.malformed.value, summary.abstained.value, summary.calls) == (1, 0, 0)
+
+
 @given(
     st.lists(
         st.lists(st.sampled_from([GOOD, UNREADABLE, UNKNOWN, MISFIT, FAILED, NO_SANDBOX, OVER_BUDGET])),
@@ -125,9 +131,7 @@ def test_called_malformed_and_abstained_add_up_to_one(episodes: list[list[Call]]
     assert summary.called.value + summary.malformed.value + summary.abstained.value == pytest.approx(1)
     answered = sum(call.error is None for calls in episodes for call in calls)
     judged = sum(call not in (NO_SANDBOX, OVER_BUDGET) for calls in episodes for call in calls)
-    assert summary.tool_call_validity.value == (
-        answered / judged if judged else pytest.approx(math.nan, nan_ok=True)
-    )
+    assert summary.tool_call_validity.value == (answered / judged if judged else pytest.approx(math.nan, nan_ok=True))
 
 
 def test_over_and_under_calls_are_counted_only_where_the_task_says_what_is_needed() -> None:

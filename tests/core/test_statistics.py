@@ -100,8 +100,7 @@ def test_intervals_overlap_when_they_share_a_point() -> None:
 def test_bootstrap_has_the_quantiles_of_full_enumeration() -> None:
     successes, trials = np.array([0.0, 1, 3, 4, 2]), np.array([4.0, 2, 4, 4, 3])
     every = sorted(
-        successes[list(drawn)].sum() / trials[list(drawn)].sum()
-        for drawn in itertools.product(range(5), repeat=5)
+        successes[list(drawn)].sum() / trials[list(drawn)].sum() for drawn in itertools.product(range(5), repeat=5)
     )
     low, high = bootstrap_interval(successes, trials)
     expected_low, expected_high = np.quantile(every, [0.025, 0.975])
@@ -118,12 +117,17 @@ def test_bootstrap_is_the_same_in_blocks_of_any_size(monkeypatch: pytest.MonkeyP
 
 
 def test_clustering_widens_the_interval_of_correlated_episodes() -> None:
-    solved = np.repeat([8, 0], 50)  # 100 problems, 8 episodes that always agree
-    clustered = rate(solved, np.full(100, 8))
-    naive = wilson(400, 800)
-    by_problem = wilson(50, 100)
+    solved = np.append(np.repeat([8, 0], 50), 4)  # 101 problems whose 8 episodes all but always agree
+    clustered = rate(solved, np.full(101, 8))
+    naive = wilson(404, 808)
+    by_problem = wilson(50, 101)
     assert clustered.high - clustered.low > 2.5 * (naive.high - naive.low)
     assert clustered.high - clustered.low == pytest.approx(by_problem.high - by_problem.low, abs=0.02)
+
+
+def test_episodes_that_agree_are_worth_one_each() -> None:
+    assert rate([4, 0, 4], [4, 4, 4]) == wilson(2, 3)
+    assert rate([4, 0, 2], [4, 4, 2]) != wilson(2, 3)  # unequal weights: a pooled share is not theirs
 
 
 @pytest.mark.parametrize("solved", [0, 4])

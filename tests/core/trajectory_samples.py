@@ -147,9 +147,7 @@ def make_trajectories(problems: int, skill: float, *, samples: int = 1, seed: in
     return made
 
 
-def _play(
-    rng: random.Random, right: bool, a: int, b: int, c: int
-) -> tuple[list[list[str | Call]], StopReason]:
+def _play(rng: random.Random, right: bool, a: int, b: int, c: int) -> tuple[list[list[str | Call]], StopReason]:
     good = Call("calculator", f'{{"expression": "{a} * {b} + {c}"}}', str(a * b + c))
     if right and rng.random() < 0.8:
         return [[good]], StopReason.ANSWER

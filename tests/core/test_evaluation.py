@@ -1,0 +1,280 @@
+"""Evaluations: right numbers, nothing lost by a kill, nothing played twice, nothing mixed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_env.engine import Engine, Request, SamplingParams, ScriptedEngine
+from opd_env.evaluation import EvaluationResult, evaluate, results_markdown, results_table
+from opd_env.formats import get_format
+from opd_env.limits import RolloutLimits
+from opd_env.messages import Message, assistant, user
+from opd_env.metrics import Summary
+from opd_env.statistics import wilson
+from opd_env.store import StoreError, TrajectoryWriter, load_trajectories
+from opd_env.tasks import Example, Grade, Task, grade_number
+from tests.core.tiny import tiny_tokenizer
+
+CHAT = get_format(tiny_tokenizer())
+WARM = SamplingParams(temperature=1.0)
+
+
+class Doubles(Task):
+    name = "doubles"
+    version = "1"
+    tools = ("calculator",)
+
+    def __init__(self, size: int = 12) -> None:
+        super().__init__("test")
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def example(self, index: int) -> Example:
+        return Example(f"d{index}", (user(f"Double {index}?"),), str(2 * index), difficulty=1 + index % 2)
+
+    def grade(self, example: Example, answer: str | None, turns: Sequence[Message] = ()) -> Grade:
+        return grade_number(answer, example.answer)
+
+
+def student(wrong: Sequence[int] = (), played: list[int] | None = None) -> Engine:
+    """Calls the calculator, then answers; wrongly for the numbers in ``wrong``."""
+
+    def respond(request: Request, turn: int) -> list[int]:
+        number = int(CHAT.decode(request.token_ids).split("Double ")[1].split("?")[0])
+        if turn == 0:
+            if played is not None:
+                played.append(number)
+            call = f'<tool_call>\n{{"name": "calculator", "arguments": {{"expression": "2*{number}"}}}}\n</tool_call>'
+            return CHAT.render_assistant(assistant(call))
+        return CHAT.render_assistant(assistant(f"The answer is {2 * number + (number in wrong)}."))
+
+    return ScriptedEngine(respond, CHAT.stop_token_ids)
+
+
+class PowerCut(Exception):
+    pass
+
+
+def cut_after(episodes: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == episodes:
+            raise PowerCut
+
+    return progress
+
+
+def run(**options: Any) -> EvaluationResult:
+    options = {"task": Doubles(), "engine": student(wrong=(2, 5, 7)), "chat": CHAT} | options
+    return evaluate(options.pop("task"), options.pop("engine"), options.pop("chat"), **options)
+
+
+def test_the_summary_is_of_the_graded_episodes() -> None:
+    result = run()
+    assert result.summary.accuracy == wilson(9, 12)
+    assert result.summary.tool_call_validity.value == 1
+    assert [one.example_id for one in result.trajectories] == [f"d{index}" for index in range(12)]
+    assert result.errors == []
+    assert result.settings["problems"] == 12
+
+
+def test_limit_takes_the_first_problems_and_samples_repeat_them() -> None:
+    result = run(limit=3, samples=4, sampling=WARM)
+    assert (result.summary.n, result.summary.samples, result.summary.episodes) == (3, 4, 12)
+    assert [(one.example_id, one.sample) for one in result.trajectories][:5] == [
+        ("d0", 0), ("d0", 1), ("d0", 2), ("d0", 3), ("d1", 0),
+    ]  # fmt: skip
+    assert run(limit=99).summary.n == 12
+
+
+def test_progress_counts_every_episode() -> None:
+    seen: list[tuple[int, int]] = []
+    run(limit=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_score_with_tools_is_called_that() -> None:
+    assert run(limit=1).label == "doubles (with tools: calculator)"
+    assert run(limit=1, tools=[]).label == "doubles (no tools)"
+
+
+def test_senseless_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="samples=4 of greedy decoding would all be the same"):
+        run(samples=4)
+    with pytest.raises(ValueError, match="samples=0 and limit=None"):
+        run(samples=0)
+    with pytest.raises(ValueError, match="limit=0"):
+        run(limit=0)
+
+
+def test_a_folder_holds_settings_episodes_and_results(tmp_path: Path) -> None:
+    result = run(folder=tmp_path / "eval", model="tiny")
+    folder = tmp_path / "eval"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "results.json", "results.md", "settings.json", "trajectories.parquet",
+    ]  # fmt: skip
+    stored = json.loads((folder / "results.json").read_text())["evaluation"]
+    assert stored["accuracy"] == 0.75
+    assert stored["accuracy_ci"] == [result.summary.accuracy.low, result.summary.accuracy.high]
+    assert (stored["n"], stored["tool_call_validity"], stored["label"]) == (12, 1.0, result.label)
+    assert stored["settings"]["model"] == "tiny"
+    assert stored["settings"]["sampling"]["temperature"] == 0
+    assert stored["settings"]["tools"] == ["calculator"]
+    assert {"python", "numpy", "torch", "transformers"} <= set(stored["versions"])
+    assert Summary.from_json(stored).accuracy == result.summary.accuracy
+    assert "| doubles (with tools: calculator) | 1 test | 1 | accuracy | 75.0 % | [46.8, 91.1] | 12 |" in (
+        (folder / "results.md").read_text()
+    )
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    whole = run()
+    with pytest.raises(PowerCut):
+        run(folder=tmp_path, progress=cut_after(5))
+    assert len(load_trajectories(tmp_path)) == 5
+    assert not (tmp_path / "results.json").exists()
+    played: list[int] = []
+    seen: list[tuple[int, int]] = []
+    result = run(
+        folder=tmp_path,
+        engine=student(wrong=(2, 5, 7), played=played),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert sorted(played) == list(range(5, 12))
+    assert seen[0] == (6, 12)
+    assert result.summary == replace(whole.summary, seconds_per_episode=result.summary.seconds_per_episode)
+    assert len(load_trajectories(tmp_path)) == 12
+
+
+def test_a_finished_evaluation_is_read_back_without_playing(tmp_path: Path) -> None:
+    first = run(folder=tmp_path)
+    played: list[int] = []
+    second = run(folder=tmp_path, engine=student(played=played))
+    assert played == []
+    assert second.summary == first.summary
+
+
+def test_more_problems_can_be_added_and_fewer_asked_for(tmp_path: Path) -> None:
+    run(folder=tmp_path, limit=4)
+    played: list[int] = []
+    assert run(folder=tmp_path, limit=6, engine=student(played=played)).summary.n == 6
+    assert sorted(played) == [4, 5]
+    assert run(folder=tmp_path, limit=2).summary.n == 2
+    assert len(load_trajectories(tmp_path)) == 6
+
+
+def test_a_half_sampled_problem_is_completed_without_doubles(tmp_path: Path) -> None:
+    with pytest.raises(PowerCut):
+        run(folder=tmp_path, limit=3, samples=4, sampling=WARM, progress=cut_after(6))
+    result = run(folder=tmp_path, limit=3, samples=4, sampling=WARM)
+    keys = [(one.example_id, one.sample) for one in load_trajectories(tmp_path)]
+    assert len(keys) == len(set(keys)) == 12
+    assert result.summary.episodes == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"model": "other"}, "model was 'tiny', now 'other'"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"tools": []}, r"tools was \['calculator'\], now \[\]"),
+        ({"task": Doubles(13)}, "size was 12, now 13"),
+        ({"limits": RolloutLimits(max_turns=3)}, "limits was .*'max_turns': 8.* now .*'max_turns': 3"),
+        ({"sampling": WARM}, "'temperature': 0.0.* now .*'temperature': 1.0"),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(
+    tmp_path: Path, change: dict[str, Any], difference: str
+) -> None:
+    run(folder=tmp_path, model="tiny")
+    with pytest.raises(ValueError, match=difference):
+        run(**({"folder": tmp_path, "model": "tiny"} | change))
+    assert len(load_trajectories(tmp_path)) == 12
+
+
+def test_a_changed_prompt_is_another_evaluation(tmp_path: Path) -> None:
+    class Reworded(Doubles):
+        def example(self, index: int) -> Example:
+            return replace(super().example(index), messages=(user(f"Please! Double {index}?"),))
+
+    run(folder=tmp_path)
+    with pytest.raises(ValueError, match="prompt_hash was"):
+        run(folder=tmp_path, task=Reworded())
+
+
+def test_a_damaged_settings_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json is not JSON"):
+        run(folder=tmp_path)
+
+
+def test_two_evaluations_of_one_folder_at_once_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PowerCut):
+        run(folder=tmp_path, progress=cut_after(1))
+    with TrajectoryWriter(tmp_path, "trajectories"), pytest.raises(StoreError, match="another process"):
+        run(folder=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_fails_before_anything_is_played(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    played: list[int] = []
+    with pytest.raises(StoreError, match="cannot be used"):
+        run(folder=tmp_path / "file" / "eval", engine=student(played=played))
+    assert played == []
+
+
+def test_the_terminal_table_shows_each_observed_metric_once() -> None:
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(results_table([run(), run(limit=3, samples=2, sampling=WARM)]))
+    text = console.export_text()
+    assert text.count("doubles (with tools: calculator)") == 2
+    assert text.count("tool_call_validity") == 2
+    assert "75.0 %" in text
+    assert "[46.8, 91.1]" in text
+    assert "pass@2" in text
+    assert "over_call" not in text  # nothing was observed
+    observed = sum(line.split()[-1:] == ["12"] for line in text.splitlines())
+    assert results_markdown([run()]).count("\n") == observed + 2
+
+
+def test_a_sigkill_loses_no_finished_episode(tmp_path: Path) -> None:
+    code = """
+        import sys, time
+        from tests.core.test_evaluation import Doubles, student, CHAT
+        from opd_env.evaluation import evaluate
+
+        def progress(done, total):
+            print(done, flush=True)
+            time.sleep(0.05)
+
+        evaluate(Doubles(40), student(), CHAT, folder=sys.argv[1], progress=progress)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for _ in range(10):
+        process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    reported = 10 + len(process.stdout.read().split())
+    process.wait()
+    survived = len(load_trajectories(tmp_path))
+    assert 10 <= reported <= survived < 40
+    played: list[int] = []
+    assert run(task=Doubles(40), folder=tmp_path, engine=student(played=played)).summary.n == 40
+    assert len(played) == 40 - survived
