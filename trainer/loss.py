@@ -72,7 +72,7 @@ def mean_loss(loss_N: Tensor, num_tokens: int | float | Tensor) -> Tensor:
     bad = ~loss_N.isfinite()
     if bool(bad.any()):
         raise ValueError(
-            f"the divergence is {float(loss_N[bad][0]):g} at sampled token {int(bad.nonzero()[0])} of {len(loss_N)} "
+            f"the divergence is not finite at sampled token {int(bad.nonzero()[0])} of {len(loss_N)} "
             f"({int(bad.sum())} such): {_EXTREME}"
         )
     return loss_N.sum() / num_tokens
@@ -186,6 +186,6 @@ def _check(
         if bool(bad.any()):
             index = tuple(bad.nonzero()[0].tolist())
             raise ValueError(
-                f"{name}[{', '.join(map(str, index))}] = {float(tensor[index]):g} at a sampled token "
+                f"{name}[{', '.join(map(str, index))}] = {float(tensor[index].detach()):g} at a sampled token "
                 f"({int(bad.sum())} such): {advice[name]}"
             )

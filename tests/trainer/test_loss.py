@@ -184,7 +184,7 @@ def test_statistics_are_those_of_the_sampled_tokens():
 def test_mean_loss_divides_by_the_global_count_and_refuses_infinite_divergences():
     losses = torch.tensor([1.0, 2.0], requires_grad=True)
     assert float(mean_loss(losses, 6).detach()) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match=r"inf at sampled token 1 of 2 .*clip_log_ratio"):
+    with pytest.raises(ValueError, match=r"not finite at sampled token 1 of 2 .*clip_log_ratio"):
         mean_loss(torch.tensor([1.0, math.inf]), 2)
     with pytest.raises(ValueError, match="must be positive"):
         mean_loss(losses, 0)
