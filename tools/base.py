@@ -116,7 +116,8 @@ class Tool:
         except ValueError:
             problems.append(f"isolation={self.isolation!r}, expected one of {', '.join(Isolation)}")
         try:
-            parameters = {"additionalProperties": False, **copy.deepcopy(dict(self.parameters))}
+            parameters = copy.deepcopy(dict(self.parameters))
+            parameters.setdefault("additionalProperties", False)
             make_validator(parameters)
             if self.state is not None and "state" in parameters.get("properties", {}):
                 problems.append("its parameters name 'state', which the kit fills in")

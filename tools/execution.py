@@ -68,7 +68,7 @@ class ToolCode:
             BaseException
         ) as error:  # SystemExit and KeyboardInterrupt too: this thread or process is only the tool's
             logger.debug("tool %s raised", self.tool.name, exc_info=True)
-            return encode_error(error)
+            return encode_error(error, self.tool.max_output_chars)
 
     def close(self) -> None:
         """Closes the state, if there is one that can be closed."""

@@ -49,22 +49,29 @@ def encode_output(value: object, max_chars: int) -> Output:
         if len(text) > MAX_JSON_CHARS:
             message = f"the tool returned {len(text)} characters of JSON; the limit is {MAX_JSON_CHARS}"
             raise ToolError(ToolErrorKind.OUTPUT_LIMIT, message)
-    truncated = len(text) > max_chars
-    if truncated:
-        marker = f"\n[cut: the whole output has {len(text)} characters]"
-        text = text[: max_chars - len(marker)] + marker
-    return Output(_without_surrogates(text), truncated=truncated)
+    return Output(_without_surrogates(_cut(text, max_chars)), truncated=len(text) > max_chars)
 
 
-def encode_error(error: BaseException) -> Output:
-    """The error's fixed-format JSON. Paths of this machine are taken out; there is no traceback."""
+def encode_error(error: BaseException, max_chars: int = 4000) -> Output:
+    """The error's fixed-format JSON. There is no traceback, and paths of this machine are taken out.
+
+    Args:
+        error: a ToolError speaks for itself; of any other exception the type and the message are shown.
+        max_chars: most characters of a ToolError's message.
+    """
     if isinstance(error, ToolError):
-        cut = ToolError(error.kind, _without_surrogates(str(error.message)[:4000]))
-        return Output(cut.content, cut.kind)
+        message = str(error.message)
+        cut = ToolError(error.kind, _without_surrogates(_cut(message, max_chars)))
+        return Output(cut.content, cut.kind, len(message) > max_chars)
     text = _one_line(error)
     name = type(error).__name__
     failure = ToolError(ToolErrorKind.EXCEPTION, f"{name}: {text}" if text else name)
     return Output(failure.content, failure.kind)
+
+
+def _cut(text: str, max_chars: int) -> str:
+    marker = f"\n[cut: the whole output has {len(text)} characters]"
+    return text if len(text) <= max_chars else text[: max_chars - len(marker)] + marker
 
 
 def _one_line(error: BaseException) -> str:

@@ -63,7 +63,7 @@ def register_tool(tool: Tool | Factory, *, name: str | None = None) -> Tool | Fa
     return tool
 
 
-def get_tool(name: str, **options: Any) -> Tool:
+def get_tool(name: str, /, **options: Any) -> Tool:
     """The tool of that name.
 
     Args:
@@ -103,9 +103,10 @@ def _make(name: str, factory: Factory, options: dict[str, Any]) -> Tool:
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
-        call = f"get_tool({name!r}{', ' if options else ''}{', '.join(f'{key}=...' for key in options)})"
-        takes = ", ".join(str(p) for p in inspect.signature(factory).parameters.values())
-        raise ValueError(f"{call}: {error}; tool {name!r} is made with options: {takes}") from error
+        options_of = inspect.signature(factory).parameters.values()
+        takes = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in options_of)
+        message = f"tool {name!r}: {error}; it is made by get_tool({name!r}, ...) with {takes}"
+        raise ValueError(message) from error
     tool = factory(**options)
     if not isinstance(tool, Tool):
         raise ValueError(f"the factory of tool {name!r} returned {type(tool).__name__}, expected a Tool")

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 import types
 import typing
@@ -283,7 +284,12 @@ def _json_default(default: Any, schema: JSONSchema) -> Any:
     if isinstance(default, list | dict | set):
         raise ValueError(f"has the default {default!r}, which all calls would share; use None or leave it out")
     value = default.value if isinstance(default, Enum) else default
-    if not isinstance(value, str | int | float | bool | None) or not Draft202012Validator(schema).is_valid(value):
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if (
+        not isinstance(value, str | int | float | None)
+        or not finite
+        or not Draft202012Validator(schema).is_valid(value)
+    ):
         raise ValueError(f"has the default {default!r}, which does not fit its type hint")
     return value
 

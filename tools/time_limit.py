@@ -5,14 +5,13 @@ Worked example::
     run_with_limit(lambda: 6 * 7, timeout_s=1.0)          # 42
     run_with_limit(lambda: time.sleep(60), timeout_s=0.1)  # TimeoutError after 0.1 s
 
-What is covered: Python code, whatever it does, ends at its next bytecode (an exception is raised inside it,
-again and again until the thread has ended, so that ``except BaseException`` does not save it); code that
-waits in a C call which lets other threads run (sleep, sockets, files, locks, subprocesses) is left behind,
-does nothing more once that call returns, and is counted by ``threads_left_behind()``.
+What is covered: the caller has its TimeoutError on time. Python code ends at its next bytecode, where an exception
+is raised in it. Code that waits in C and lets other threads run (sleep, sockets, files, locks, subprocesses) is left
+behind, and does nothing more once that wait is over. ``threads_left_behind()`` counts what has not ended yet.
 
-What is not covered: C code that keeps the interpreter's lock (a huge integer power, a pathological regular
-expression) stops the caller too, and code that ends the whole process ends it. Tools that could do either
-take ``isolation="process"`` (``opd_env.tools.process``).
+What is not covered: a loop that catches ``BaseException`` and goes on; C code that keeps the interpreter's lock (a
+huge integer power, a pathological regular expression), which stops the caller too; code that ends the whole process.
+Tools that could do any of this take ``isolation="process"`` (``opd_env.tools.process``), which ends everything.
 
 One call costs about 15 µs: threads are kept and used again.
 
@@ -21,6 +20,7 @@ Test it alone: ``pytest tests/tools/test_tool_limits.py``
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -28,6 +28,9 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+WARN_EVERY = 10
+"""Threads left behind for each warning in the log."""
 
 
 class _TimeUp(SystemExit):
@@ -94,6 +97,8 @@ def run_with_limit(function: Callable[[], T], timeout_s: float) -> T:
     except BaseException as error:
         worker.end()
         _ending.append(worker)
+        if len(_ending) % WARN_EVERY == 0:
+            logger.warning("%d tool threads go on after their time; give such tools isolation='process'", len(_ending))
         if isinstance(error, Empty):
             raise TimeoutError(f"no answer within {timeout_s:g} s") from None
         raise
