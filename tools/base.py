@@ -26,6 +26,7 @@ Test it alone: ``pytest tests/tools/test_tool_registration.py``
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -169,6 +170,10 @@ def tool(
     """
 
     def decorate(function: Callable[..., Any]) -> Tool:
+        if not inspect.isroutine(function):
+            raise ValueError(
+                f"@tool decorates a function, got {function!r}; options go by name, as in @tool(name='add')"
+            )
         name = options.get("name") or getattr(function, "__name__", "")
         hidden = () if options.get("state") is None else ("state",)
         try:

@@ -24,6 +24,9 @@ from opd_env.tools.execution import Runner, make_runner
 from opd_env.tools.output import Output, encode_error
 from opd_env.tools.registry import get_tool
 
+MAX_NAMES = 20
+"""Tools named in the error about an unknown one."""
+
 
 @dataclass(frozen=True)
 class ToolResult:
@@ -95,7 +98,9 @@ class Toolbox:
     def _run(self, name: object, arguments: object) -> Output:
         tool = self._tools.get(name) if isinstance(name, str) else None
         if tool is None:
-            known = f"the tools are: {', '.join(self._tools)}" if self._tools else "there are no tools"
+            names = list(self._tools)
+            more = ", ..." if len(names) > MAX_NAMES else ""
+            known = f"the tools are: {', '.join(names[:MAX_NAMES])}{more}" if names else "there are no tools"
             message = f"no tool named {str(name)[:100]!r}{did_you_mean(str(name), self._tools)}; {known}"
             raise ToolError(ToolErrorKind.UNKNOWN_TOOL, message)
         checked = tool.check(arguments)

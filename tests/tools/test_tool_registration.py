@@ -167,6 +167,33 @@ def test_a_tool_takes_a_schema_from_elsewhere_and_closes_it() -> None:
     assert "additionalProperties" not in SCHEMA, "the caller's schema is left alone"
 
 
+@pytest.mark.parametrize("thing", ["add", 3, dict, object()])
+def test_only_functions_are_decorated(thing: Any) -> None:
+    with pytest.raises(ValueError, match="@tool decorates a function, got "):
+        tool(thing)
+
+
+def test_methods_are_decorated_without_their_self() -> None:
+    class Shop:
+        def price(self, item: str) -> int:
+            """Tells a price.
+
+            Args:
+                item: what.
+            """
+            return len(item)
+
+    assert Toolbox([tool(Shop().price)]).call("price", {"item": "egg"}).content == "3"
+
+
+def test_a_hint_that_cannot_be_found_is_explained() -> None:
+    def find(place: NoSuchType) -> None:  # type: ignore[name-defined]  # noqa: F821
+        """Finds."""
+
+    with pytest.raises(ValueError, match=r"'NoSuchType' is not defined.*define that type at module level"):
+        tool(find)
+
+
 def test_a_decorated_function_can_still_be_called() -> None:
     @tool(name="plus", timeout_s=1.5, max_output_chars=100, deterministic=True, mutates_state=True, ends_episode=True)
     def add(a: int, b: int = 1) -> int:

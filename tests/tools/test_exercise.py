@@ -1,0 +1,80 @@
+"""``exercise_tool`` passes sound tools and finds what is wrong with others."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from opd_env.tools import Tool, ToolError, ToolErrorKind, get_tool, tool
+from opd_env.tools.exercise import Check, exercise_tool
+
+OBJECT = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 7}}, "required": ["n"]}
+
+
+def failed(checks: list[Check]) -> list[str]:
+    """Names of the checks that failed."""
+    return [check.name for check in checks if not check.passed]
+
+
+def make(function: Any, **options: Any) -> Tool:
+    return Tool(**{"name": "t", "description": "T.", "parameters": OBJECT, "function": function, **options})
+
+
+def test_the_kits_own_tools_pass() -> None:
+    checks = exercise_tool(get_tool("calculator"), [{"expression": "6*7"}, {"expression": "1/3"}])
+    assert failed(checks) == []
+    assert [check.detail for check in checks if check.name.startswith("answers {")] == ["42", "0.3333333333"]
+    search = get_tool("search", passages=[{"text": "a word"}])
+    assert failed(exercise_tool(search, [{"query": "word"}])) == []
+
+
+def test_arguments_are_made_up_when_there_are_no_examples() -> None:
+    seen: list[int] = []
+    checks = exercise_tool(make(lambda n: seen.append(n)))
+    assert failed(checks) == []
+    assert seen == [7], "the smallest number that the schema allows, once: the tool is not said to be deterministic"
+
+
+def test_a_tools_own_error_about_made_up_arguments_is_no_failure_but_about_an_example_it_is() -> None:
+    def refuse(n: int) -> None:
+        raise ToolError(ToolErrorKind.EXCEPTION, "no such record")
+
+    assert failed(exercise_tool(make(refuse))) == []
+    assert failed(exercise_tool(make(refuse), [{"n": 8}])) == ['answers {"n":8}']
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "found"),
+    [
+        (lambda n: float("nan"), {}, 'answers {"n":7}'),
+        (lambda n: {n}, {}, 'answers {"n":7}'),
+        (lambda n: time.sleep(5), {"timeout_s": 0.1}, "has time to spare"),
+        (lambda n: time.sleep(0.08), {"timeout_s": 0.1}, "has time to spare"),
+        (lambda n: time.perf_counter(), {"deterministic": True}, "answers the same again in a new episode:"),
+    ],
+)
+def test_what_would_spoil_a_run_is_found(function: Any, options: dict[str, Any], found: str) -> None:
+    assert found in failed(exercise_tool(make(function, **options)))
+
+
+@pytest.mark.parametrize("more", [True, {"type": "integer"}])
+def test_a_schema_that_is_open_on_purpose_is_not_called_faulty(more: object) -> None:
+    schema = {"type": "object", "additionalProperties": more, "properties": {"n": {}}}
+    assert failed(exercise_tool(make(lambda **given: 1, parameters=schema))) == []
+
+
+class Once:
+    used = False
+
+
+@tool(state=Once, deterministic=True)
+def once(state: Once) -> bool:
+    """Whether it was used before in this episode."""
+    state.used, before = True, state.used
+    return before
+
+
+def test_state_starts_anew_for_each_episode() -> None:
+    assert failed(exercise_tool(once)) == []
