@@ -100,11 +100,11 @@ def token_logprobs(
         ValueError: lengths differ, an option is out of range, or a token lies outside the vocabulary.
     """
     rows = {"hidden_NH": hidden_NH, "token_ids_N": token_ids_N}
-    _check(temperature, chunk_size, rows)
+    check_rows(temperature, chunk_size, rows)
 
     def score(hidden_CH: Tensor, ids_C: Tensor) -> TokenScores:
-        logprobs_CV = _log_softmax(head(hidden_CH), temperature, vocab_size)
-        return TokenScores(_gather(logprobs_CV, ids_C), _entropy(logprobs_CV))
+        logprobs_CV = log_softmax(head(hidden_CH), temperature, vocab_size)
+        return TokenScores(_gather(logprobs_CV, ids_C), entropy(logprobs_CV))
 
     return in_chunks(score, chunk_size, *rows.values())
 
@@ -149,12 +149,12 @@ def full_divergence(
     rows = {"student_hidden_NH": student_hidden_NH, "teacher_hidden_NH": teacher_hidden_NH}
     if token_ids_N is not None:
         rows["token_ids_N"] = token_ids_N
-    _check(temperature, chunk_size, rows)
+    check_rows(temperature, chunk_size, rows)
 
     def compare(student_CH: Tensor, teacher_CH: Tensor, *ids: Tensor) -> DivergenceScores:
-        student_CV = _log_softmax(student_head(student_CH), temperature, vocab_size)
+        student_CV = log_softmax(student_head(student_CH), temperature, vocab_size)
         with torch.no_grad():
-            teacher_CV = _log_softmax(teacher_head(teacher_CH), temperature, vocab_size).to(student_CV)
+            teacher_CV = log_softmax(teacher_head(teacher_CH), temperature, vocab_size).to(student_CV)
         if student_CV.shape != teacher_CV.shape:
             raise ValueError(
                 f"the student has {student_CV.shape[1]} logits, the teacher {teacher_CV.shape[1]}; where the "
@@ -163,7 +163,7 @@ def full_divergence(
         chosen = [_gather(student_CV.detach(), ids_C) for ids_C in ids]
         return DivergenceScores(
             *expected_update(student_CV, teacher_CV, divergence, mode, clip_log_ratio),
-            entropy_N=_entropy(student_CV),
+            entropy_N=entropy(student_CV),
             logprobs_N=chosen[0] if ids else None,
             log_ratio_N=_gather(teacher_CV, ids[0]) - chosen[0] if ids else None,
         )
@@ -224,7 +224,8 @@ def _weighted_sum(probs_NB: Tensor, values_NB: Tensor) -> Tensor:
     return torch.where(probs_NB > 0, probs_NB * values_NB, 0.0).sum(1)
 
 
-def _log_softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
+def log_softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
+    """Log-probs in float32 at least, over the first ``vocab_size`` logits."""
     if vocab_size is not None:
         if vocab_size > logits_NV.shape[1]:
             raise ValueError(f"vocab_size={vocab_size}, but the model has only {logits_NV.shape[1]} logits")
@@ -241,12 +242,14 @@ def _gather(logprobs_NV: Tensor, token_ids_N: Tensor) -> Tensor:
     return logprobs_NV.gather(1, token_ids_N.long().unsqueeze(1)).squeeze(1)
 
 
-def _entropy(logprobs_NV: Tensor) -> Tensor:
+def entropy(logprobs_NV: Tensor) -> Tensor:
+    """Shannon entropy of each row in nats, detached."""
     entropy_N: Tensor = torch.special.entr(logprobs_NV.detach().exp()).sum(1)
     return entropy_N
 
 
-def _check(temperature: float, chunk_size: int, rows: dict[str, Tensor]) -> None:
+def check_rows(temperature: float, chunk_size: int, rows: dict[str, Tensor]) -> None:
+    """Refuses options that are out of range and tensors of unequal length."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive; a greedy sampler has no log-probs to train on")
     if chunk_size < 1:
