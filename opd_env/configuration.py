@@ -23,8 +23,11 @@ import collections.abc
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import json
 import re
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -147,6 +150,33 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     return content
 
 
+def import_files(files: Sequence[str]) -> None:
+    """Runs Python files, so that the tools and tasks that they register can be named in settings.
+
+    Raises:
+        ConfigError: a file is missing or fails; the message has the line.
+    """
+    for file in files:
+        path = Path(file).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"imports names {file!r}, which is no file")
+        name = f"opd_env_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+        if name in sys.modules:
+            continue
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"imports names {file!r}, which is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # so that its classes can be found and pickled
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            where = f"{file}:{lines[-1]}" if lines else file
+            raise ConfigError(f"{where} fails: {type(error).__name__}: {error}") from error
+
+
 def field_types(settings: type[Any]) -> dict[str, Any]:
     """Name and type of every field."""
     hints = get_type_hints(settings)
@@ -169,9 +199,7 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _nested(annotation: Any) -> type[Any] | None:
-    return next(
-        (t for t in _members(annotation) if isinstance(t, type) and dataclasses.is_dataclass(t)), None
-    )
+    return next((t for t in _members(annotation) if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
 
 
 def _choices(annotation: Any) -> type[Enum] | None:

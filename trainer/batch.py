@@ -44,9 +44,7 @@ class Row:
 
     def __post_init__(self) -> None:
         if self.token_ids_T.shape != self.sampled_T.shape or self.token_ids_T.ndim != 1:
-            raise ValueError(
-                f"token ids {self.token_ids_T.shape} and mask {self.sampled_T.shape} must be two [T]"
-            )
+            raise ValueError(f"token ids {self.token_ids_T.shape} and mask {self.sampled_T.shape} must be two [T]")
         if len(self.sampled_T) and self.sampled_T[0]:
             raise ValueError("the first token of a row cannot be a sampled one: no prefix predicts it")
 
@@ -80,6 +78,18 @@ class MicroBatch:
             self.index_N,
             self.rows,
         )
+
+    def by_row(self, values_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of sampled tokens, one row per episode, shape ``[B, S]``, and the mask of those that exist.
+
+        ``result[mask]`` is ``values_N`` again.
+        """
+        counts_B = torch.bincount(self.row_N, minlength=len(self.rows))
+        width = int(counts_B.max())
+        mask_BS = torch.arange(width, device=values_N.device) < counts_B[:, None].to(values_N.device)
+        values_BS = values_N.new_zeros(len(self.rows), width)
+        values_BS[mask_BS] = values_N
+        return values_BS, mask_BS
 
 
 def row_of(trajectory: Trajectory, prompt: Sequence[int] | None = None) -> Row:

@@ -163,6 +163,10 @@ class OPDConfig:
     """Must be 0 (off), for the same reason."""
     limits: RolloutLimits = field(default_factory=RolloutLimits)
     """Budgets of an episode."""
+    concurrent_episodes: int = 64
+    """Episodes that the local engine plays side by side, 1 or more; memory grows with it."""
+    tool_workers: int = 0
+    """Threads that run tools; 0 runs them in turn, so that a run can be repeated to the bit."""
     max_logprob_gap: float = 0.05
     """Warn when sampler and trainer log-probs of a token differ by more on average; nats, above 0."""
 
@@ -193,10 +197,12 @@ class OPDConfig:
                 raise ConfigError(f"{name} is empty; set it")
         for name in (
             "steps", "episodes_per_step", "samples_per_problem", "updates_per_step", "tokens_per_microbatch",
-            "eval_problems", "eval_samples", "checkpoint_keep",
+            "concurrent_episodes", "eval_problems", "eval_samples", "checkpoint_keep",
         ):  # fmt: skip
             _check(self, name, 1)
-        for name in ("weight_decay", "warmup_steps", "sft_steps", "seed", "eval_every", "checkpoint_every"):
+        for name in (
+            "weight_decay", "warmup_steps", "sft_steps", "seed", "tool_workers", "eval_every", "checkpoint_every",
+        ):  # fmt: skip
             _check(self, name, 0)
         for name in ("learning_rate", "sft_learning_rate", "max_grad_norm", "max_logprob_gap"):
             _check(self, name, 0, exclusive=True)
@@ -230,15 +236,18 @@ class OPDConfig:
                 f"episodes_per_step={self.episodes_per_step} is not a multiple of "
                 f"samples_per_problem={self.samples_per_problem}; change one"
             )
+        if self.eval_samples > 1 and self.eval_temperature == 0:
+            raise ConfigError(
+                f"eval_samples={self.eval_samples} of greedy decoding would all be the same; set eval_temperature, or "
+                "eval_samples=1"
+            )
         if self.updates_per_step > self.episodes_per_step:
             raise ConfigError(
                 f"updates_per_step={self.updates_per_step} is more than "
                 f"episodes_per_step={self.episodes_per_step}; every update needs an episode"
             )
         if self.clip_ratio is not None and self.truncate_weight is not None:
-            raise ConfigError(
-                "clip_ratio and truncate_weight bound the same importance ratio; set one of them"
-            )
+            raise ConfigError("clip_ratio and truncate_weight bound the same importance ratio; set one of them")
         if self.estimator is Estimator.FULL:
             for name, off in (("gamma", 0.0), ("clip_ratio", None), ("truncate_weight", None)):
                 if getattr(self, name) != off:

@@ -1,0 +1,64 @@
+"""Ctrl-C and a polite kill: stop at once where nothing is lost, otherwise at the end of the update.
+
+Worked example::
+
+    with Interruption() as interruption:
+        trajectories = rollout(…)               # Ctrl-C here raises KeyboardInterrupt at once
+        with interruption.postponed():
+            updater.update(…)                   # Ctrl-C here raises after the update
+
+A second Ctrl-C, while the first is postponed, raises at once.
+
+Test it alone: ``pytest tests/trainer/test_interruption.py``
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interruption:
+    """Turns SIGINT and SIGTERM into ``KeyboardInterrupt`` at a moment when the run can be continued.
+
+    Outside the main thread, where Python has no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._postponing = False
+        self._requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Within, the first signal waits for the end of the block."""
+        self._postponing = True
+        try:
+            yield
+        finally:
+            self._postponing = False
+        if self._requested:
+            self._requested = False
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._postponing and not self._requested:
+            self._requested = True
+        else:
+            raise KeyboardInterrupt

@@ -1,0 +1,345 @@
+"""The training loop: the student acts, the teacher scores, the student takes a step; again.
+
+Worked example::
+
+    config = OPDConfig(student="packaged:student", teacher="packaged:teacher", task="arithmetic", steps=100)
+    results = OPDTrainer(config).train()
+    results["before"]["accuracy"], results["after"]["accuracy"], results["teacher"]["accuracy"]
+
+One step:
+
+1. roll out: the student plays ``episodes_per_step`` episodes with real tool calls, at temperature 1
+2. score: the teacher reads the same tokens
+3. update: OPD+ advantages of the sampled tokens (or exact sums over the vocabulary), one AdamW step
+4. log, and now and then evaluate and write a checkpoint
+
+What this loop does not do: sampling with another engine than the local one, sharded models, asynchronous rollouts.
+
+Test it alone: ``pytest tests/trainer/test_loop.py``
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from accelerate.utils import gather_object
+from rich.console import Console
+
+from opd_env.engine import Engine, SamplingParams
+from opd_env.evaluation import evaluate, installed_versions
+from opd_env.local_engine import LocalEngine
+from opd_env.models import LoadedModel
+from opd_env.rollouts import RolloutResult, rollout
+from opd_env.store import TrajectoryWriter
+from opd_env.trainer.batch import PolicyModule
+from opd_env.trainer.checkpoint import Checkpoints
+from opd_env.trainer.config import OPDConfig
+from opd_env.trainer.display import Display
+from opd_env.trainer.interruption import Interruption
+from opd_env.trainer.metrics import MetricsLog, rollout_metrics, teacher_metrics, token_metrics
+from opd_env.trainer.objective import OPDObjective, TokenValues
+from opd_env.trainer.order import problem_at
+from opd_env.trainer.run_folder import RunFolder, git_state
+from opd_env.trainer.setup import Parts, make_accelerator, make_parts
+from opd_env.trainer.sft import expert_trajectories, sft
+from opd_env.trainer.state import Progress, restore, state_files
+from opd_env.trainer.update import TrainingError, Updater, learning_rate_at
+
+
+class OPDTrainer:
+    """One distillation run. Everything that can be refused is refused before the first step.
+
+    Args:
+        config: all settings.
+        student, teacher: models that are loaded already; by default those that ``config`` names.
+        console: where progress is shown; standard error by default.
+
+    Raises:
+        ValueError: the settings, the task, the models or the run folder do not fit; one sentence says why.
+    """
+
+    def __init__(
+        self,
+        config: OPDConfig,
+        *,
+        student: LoadedModel | None = None,
+        teacher: LoadedModel | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.config = config
+        self.folder = RunFolder(config)
+        self.accelerator = make_accelerator(config)
+        self.parts: Parts = make_parts(config, self.accelerator.device, student=student, teacher=teacher)
+        self.objective = OPDObjective(config, self.parts.teacher, self.parts.chat.vocab_size)
+        self.updater = Updater(
+            PolicyModule(self.parts.student.model, self.parts.chat.vocab_size),
+            self.accelerator,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            tokens_per_microbatch=config.tokens_per_microbatch,
+        )
+        self.engine: Engine = self._engine(self.parts.student)
+        self.checkpoints = Checkpoints(self.folder.path / "checkpoints", keep=config.checkpoint_keep)
+        self.display = Display(console, enabled=self._is_main)
+        self._gap_warned = False
+
+    def train(self) -> dict[str, Any]:
+        """Runs to the end, or continues a run that was stopped; returns what ``results.json`` holds.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; a checkpoint has been written and the same command continues.
+            TrainingError: the loss or the gradient is not finite, or a rollout failed as a whole.
+            CheckpointError: a checkpoint cannot be written; earlier ones are kept.
+        """
+        config, step = self.config, 0
+        with Interruption() as interruption, self.display:
+            self._open()
+            results = self.folder.read_results()
+            progress = self._continue()
+            started = time.perf_counter()
+            if progress is None:
+                results = self._evaluate_start()
+                self._warm_start()
+            else:
+                step, started = progress.step, started - progress.seconds
+            log = MetricsLog(self.folder.path / "metrics.jsonl", last_step=step) if self._is_main else None
+            advance = self.display.phase("training", config.steps, step)
+            try:
+                while step < config.steps:
+                    played = self._rollout(step)
+                    with interruption.postponed():
+                        metrics = self._learn(step, played)
+                        step += 1
+                        self._log(log, step, metrics)
+                        if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                            self._save(step, time.perf_counter() - started)
+                    advance(step, _shown(metrics))
+                    if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                        self._log(log, step, self._evaluate_during(step))
+                results["after"] = self._evaluate("after", self.engine, f"{config.student} after {step} steps")
+            except KeyboardInterrupt:
+                if step > 0 and step not in self.checkpoints.steps():
+                    self._save(step, time.perf_counter() - started)
+                self.display.say(f"stopped after step {step}; start the same command again to continue")
+                raise
+            return self._finish(results, time.perf_counter() - started)
+
+    def _learn(self, step: int, played: RolloutResult) -> dict[str, Any]:
+        """Lets the teacher score a step's episodes and takes the step's updates; returns its metrics."""
+        started = time.perf_counter()
+        teacher_seconds, updates, seen, tokens = 0.0, [], [], []
+        for share in range(self.config.updates_per_step):
+            trajectories = played.trajectories[share :: self.config.updates_per_step]
+            try:
+                self.objective.begin(trajectories)
+                updates.append(self.updater.update(self.objective.rows, self.objective, self._rate()))
+            except (TrainingError, ValueError) as error:
+                raise TrainingError(f"step {step + 1}: {error}. {self._last_checkpoint()}") from error
+            teacher_seconds += self.objective.teacher_seconds
+            seen += trajectories
+            tokens.append(self.objective.tokens)
+        update_seconds = time.perf_counter() - started - teacher_seconds
+        everyone = gather_object([(seen, tokens)])
+        trajectories = [trajectory for theirs, _ in everyone for trajectory in theirs]
+        values = TokenValues.joined([part for _, theirs in everyone for part in theirs])
+        first = TokenValues.joined([theirs[0] for _, theirs in everyone])
+        seconds = played.seconds + time.perf_counter() - started
+        sampled = sum(trajectory.num_sampled for trajectory in trajectories)
+        metrics = {
+            **rollout_metrics(trajectories),
+            "rollout/failed_episodes": len(gather_object(list(played.errors))),
+            "rollout/sampled_tokens": sampled,
+            **teacher_metrics(trajectories, values),
+            "train/loss": sum(update.loss for update in updates) / len(updates),
+            "train/grad_norm": max(update.grad_norm for update in updates),
+            "train/learning_rate": updates[-1].learning_rate,
+            **token_metrics(values, first, self.config),
+            "time/rollout_s": played.seconds,
+            "time/tools_s": played.tool_seconds,
+            "time/teacher_s": teacher_seconds,
+            "time/update_s": update_seconds,
+            "time/step_s": seconds,
+            "tokens_per_s": sampled / seconds,
+        }
+        self._warn_of_gap(step + 1, metrics["train/logprob_gap"])
+        return metrics
+
+    def _rollout(self, step: int) -> RolloutResult:
+        """This process's share of the step's episodes, by the student as it is."""
+        config, accelerator = self.config, self.accelerator
+        problems = config.episodes_per_step // config.samples_per_problem
+        places = range(step * problems + accelerator.process_index, (step + 1) * problems, accelerator.num_processes)
+        name = f"step_{step + 1:08d}" + (f"_process_{accelerator.process_index}" if accelerator.process_index else "")
+        with TrajectoryWriter(self.folder.path / "trajectories", name, overwrite=True) as writer:
+            result = rollout(
+                self.parts.task,
+                self.engine,
+                self.parts.chat,
+                indices=[problem_at(place, len(self.parts.task), config.seed) for place in places],
+                samples=config.samples_per_problem,
+                tools=config.tools,
+                limits=config.limits,
+                sampling=SamplingParams(temperature=config.temperature),
+                seed=config.seed * 1_000_003 + step,
+                tool_workers=config.tool_workers,
+                on_finished=writer.append,
+            )
+        for error in result.errors[:1]:
+            self.display.warn(f"step {step + 1}: {len(result.errors)} episodes failed; the first: {error.message}")
+        return result
+
+    def _rate(self) -> float:
+        config = self.config
+        return learning_rate_at(
+            self.updater.updates,
+            peak=config.learning_rate,
+            warmup=config.warmup_steps,
+            total=config.steps * config.updates_per_step,
+            schedule=config.schedule,
+        )
+
+    def _warm_start(self) -> None:
+        """Supervised steps on expert episodes, when asked for."""
+        config = self.config
+        if not config.sft_steps:
+            return
+        count = min(len(self.parts.task), config.sft_steps * config.episodes_per_step)
+        experts = expert_trajectories(
+            self.parts.task, self.parts.chat, count=count, tools=config.tools, seed=config.seed
+        )
+        advance = self.display.phase("warm start", config.sft_steps)
+        steps = sft(
+            self.updater,
+            experts,
+            steps=config.sft_steps,
+            episodes_per_step=config.episodes_per_step,
+            learning_rate=config.sft_learning_rate,
+            seed=config.seed,
+        )
+        for number, update in enumerate(steps, start=1):
+            advance(number, {"loss": f"{update.loss:.3f}"})
+        self.updater.forget()
+
+    def _evaluate_start(self) -> dict[str, Any]:
+        """Student and teacher on the held-out split, before any step; ``results.json`` as it then is."""
+        config = self.config
+        results: dict[str, Any] = {
+            "before": self._evaluate("before", self.engine, config.student),
+            "teacher": self._evaluate("teacher", self._engine(self.parts.teacher.loaded), config.teacher),
+            "seed": config.seed,
+            "config_hash": config.config_hash,
+            "versions": installed_versions(),
+            **git_state(),
+        }
+        if self._is_main:
+            self.folder.write_results(results)
+        return results
+
+    def _evaluate_during(self, step: int) -> dict[str, float]:
+        found = self._evaluate(f"step_{step:08d}", self.engine, f"{self.config.student} after {step} steps")
+        return {f"eval/{name}": found[name] for name in ("accuracy", "tool_call_validity") if name in found}
+
+    def _evaluate(self, name: str, engine: Engine, model: str) -> dict[str, Any]:
+        """Plays the held-out problems; the numbers of ``Summary.to_json``. The first process does it for all."""
+        config = self.config
+        found: list[dict[str, Any]] = []
+        if self._is_main:
+            problems = min(config.eval_problems, len(self.parts.eval_task))
+            advance = self.display.phase(f"evaluating {name}", problems * config.eval_samples)
+            chat, limits = self.parts.chat, config.limits
+            if name == "teacher":
+                extra = self.parts.teacher_extra_tokens
+                chat, limits = self.parts.teacher_chat, replace(limits, max_tokens=limits.max_tokens + extra)
+            result = evaluate(
+                self.parts.eval_task,
+                engine,
+                chat,
+                model=model,
+                samples=config.eval_samples,
+                limit=problems,
+                tools=config.tools,
+                limits=limits,
+                sampling=SamplingParams(temperature=config.eval_temperature),
+                seed=config.seed,
+                folder=self.folder.path / "evaluations" / name,
+                progress=lambda done, total: advance(done, None),
+            )
+            found.append(result.summary.to_json() | {"failed_episodes": len(result.errors)})
+            self.display.say(f"{name}: accuracy {result.summary.accuracy}, {result.summary.n} problems")
+        self.accelerator.wait_for_everyone()
+        gathered: list[dict[str, Any]] = gather_object(found)
+        return gathered[0]
+
+    def _open(self) -> None:
+        if self._is_main:
+            self.folder.open()
+        self.accelerator.wait_for_everyone()
+        trackers = self.config.trackers
+        if trackers:
+            self.accelerator.init_trackers("opd-env", config=_flat(self.config))
+
+    def _continue(self) -> Progress | None:
+        """Restores the newest checkpoint, if the run has one."""
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is None:
+            return None
+        progress = restore(self.updater, checkpoint)
+        self.display.say(f"continuing after step {progress.step}, from {checkpoint.folder}")
+        return progress
+
+    def _save(self, step: int, seconds: float) -> None:
+        files = state_files(self.updater, Progress(self.config.config_hash, step, self.updater.updates, seconds))
+        if self._is_main:
+            self.checkpoints.save(step, files)
+        self.accelerator.wait_for_everyone()
+
+    def _log(self, log: MetricsLog | None, step: int, metrics: Mapping[str, Any]) -> None:
+        if log is not None:
+            log.write({"step": step, **metrics})
+        self.accelerator.log(dict(metrics), step=step)
+
+    def _finish(self, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+        results |= {"steps": self.config.steps, "seconds": seconds}
+        if self._is_main:
+            student = self.parts.student
+            self.folder.write_results(results)
+            self.folder.save_model(self.parts.save_student)
+            self.display.say(f"done: {student.name}, results in {self.folder.path}")
+        self.accelerator.end_training()
+        return results
+
+    def _engine(self, loaded: LoadedModel) -> Engine:
+        chat = self.parts.chat
+        return LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, self.config.concurrent_episodes)
+
+    def _warn_of_gap(self, step: int, gap: float) -> None:
+        if gap > self.config.max_logprob_gap and not self._gap_warned:
+            self._gap_warned = True
+            self.display.warn(
+                f"step {step}: sampler and trainer disagree by {gap:.3g} nats per token on average (above "
+                f"max_logprob_gap={self.config.max_logprob_gap}): the update is then off-policy; look at dtype"
+            )
+
+    def _last_checkpoint(self) -> str:
+        steps = self.checkpoints.steps()
+        return f"The checkpoint of step {steps[-1]} is kept" if steps else "There is no checkpoint yet"
+
+    @property
+    def _is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+
+def _shown(metrics: Mapping[str, Any]) -> dict[str, str]:
+    shown = {"KL": f"{metrics['teacher/kl']:.3f}", "accuracy": f"{metrics['rollout/accuracy']:.2f}"}
+    return shown | {"tok/s": f"{metrics['tokens_per_s']:,.0f}", "s/step": f"{metrics['time/step_s']:.2f}"}
+
+
+def _flat(config: OPDConfig) -> dict[str, Any]:
+    from opd_env.configuration import to_dict
+
+    return {
+        name: value if isinstance(value, int | float | str) else str(value) for name, value in to_dict(config).items()
+    }

@@ -1,0 +1,149 @@
+"""Builds the parts of a run from its settings, and refuses what does not fit together.
+
+Test it alone: ``pytest tests/trainer/test_setup.py``
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd_env.configuration import ConfigError, import_files
+from opd_env.formats import ChatFormat, get_format
+from opd_env.models import LoadedModel, load_model
+from opd_env.tasks import Task, load_task, require_trainable
+from opd_env.trainer.config import LoRASettings, OPDConfig
+from opd_env.trainer.demonstrations import DemonstrationFormat, TaskPrompts, play_demonstrations
+from opd_env.trainer.teachers import LocalTeacher, require_compatible
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run works with."""
+
+    task: Task
+    eval_task: Task
+    student: LoadedModel
+    """With adapters, if the settings ask for them."""
+    teacher: LocalTeacher
+    chat: ChatFormat
+    teacher_chat: ChatFormat
+    """The student's format, or one whose prompts hold demonstrations."""
+    teacher_extra_tokens: int
+    """By how much the teacher's prompts may be longer than the student's."""
+
+    def save_student(self, folder: Path) -> None:
+        """Writes the student as a plain model and tokenizer. Adapters are merged into it for good."""
+        from transformers.utils import logging
+
+        model = self.student.model
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        self.student.tokenizer.save_pretrained(folder)
+
+
+def make_parts(
+    config: OPDConfig, device: torch.device, *, student: LoadedModel | None = None, teacher: LoadedModel | None = None
+) -> Parts:
+    """Loads tasks and models.
+
+    Args:
+        config: all settings.
+        device: for both models.
+        student, teacher: loaded already, or None to load what ``config`` names.
+
+    Raises:
+        ValueError: a name is unknown, the split is not for training, or the models do not fit each other.
+        ModelUnavailable: a model cannot be loaded.
+    """
+    import_files(config.imports)
+    task = load_task(config.task, config.split, **config.task_options)
+    require_trainable(task)
+    eval_task = load_task(config.task, config.eval_split, **config.task_options)
+    student = student or load_model(config.student, dtype=config.dtype, device=device)
+    teacher = teacher or load_model(config.teacher, dtype=config.teacher_dtype, device=device)
+    chat = get_format(student.tokenizer)
+    teacher_chat, prompt, extra = chat, None, 0
+    if config.teacher_demonstrations:
+        played = play_demonstrations(
+            task, chat, count=config.teacher_demonstrations, tools=config.tools, seed=config.seed
+        )
+        teacher_chat = DemonstrationFormat(chat, played)
+        prompt, extra = TaskPrompts(task, teacher_chat, config.tools), teacher_chat.longest
+    require_compatible(student, teacher, max_tokens=config.limits.max_tokens, teacher_extra_tokens=extra)
+    if config.lora is not None:
+        student = LoadedModel(_with_adapters(student.model, config.lora, config.seed), student.tokenizer, student.name)
+    return Parts(
+        task=task,
+        eval_task=eval_task,
+        student=student,
+        teacher=LocalTeacher(
+            teacher,
+            vocab_size=chat.vocab_size,
+            temperature=config.temperature,
+            tokens_per_microbatch=config.tokens_per_microbatch,
+            prompt=prompt,
+        ),
+        chat=chat,
+        teacher_chat=teacher_chat,
+        teacher_extra_tokens=extra,
+    )
+
+
+def make_accelerator(config: OPDConfig) -> Any:
+    """An ``accelerate.Accelerator`` with the trackers that the settings name.
+
+    Raises:
+        ConfigError: a tracker is unknown or not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    for name in config.trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"trackers names {name!r}; known: {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
+    folders = ProjectConfiguration(project_dir=config.output, logging_dir=f"{config.output}/trackers")
+    accelerator = Accelerator(log_with=list(config.trackers) or None, project_config=folders)
+    problems = config.episodes_per_step // config.samples_per_problem
+    if problems < accelerator.num_processes:
+        raise ConfigError(
+            f"{problems} problems per step do not give each of {accelerator.num_processes} processes one; raise "
+            "episodes_per_step"
+        )
+    return accelerator
+
+
+def _with_adapters(model: Any, settings: LoRASettings, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = "all-linear" if settings.targets == ("all-linear",) else list(settings.targets)
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, task_type="CAUSAL_LM"),
+        )
+    except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
+        raise ConfigError(
+            f"lora.targets={list(settings.targets)} fits no layer of the student; its linear layers are {linear}"
+        ) from error
+
+
+def _is_linear(part: torch.nn.Module) -> bool:
+    return isinstance(part, torch.nn.Linear)

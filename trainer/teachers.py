@@ -1,0 +1,188 @@
+"""Teachers: what scores the tokens that the student sampled.
+
+Worked example::
+
+    teacher = LocalTeacher(load_model("packaged:teacher"), vocab_size=chat.vocab_size)
+    require_compatible(student, teacher.loaded, max_tokens=2048)      # or: one sentence on what differs
+    logprobs_N = teacher.score(trajectories)                          # one per sampled token, in order
+
+A teacher reads exactly the token ids that the student read and wrote. With ``prompt`` it reads another opening
+prompt (worked demonstrations, say) before the same turns: self-distillation with a privileged context.
+
+Test it alone: ``pytest tests/trainer/test_teachers.py``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from opd_env.formats import get_format
+from opd_env.messages import assistant, system, user
+from opd_env.models import LoadedModel
+from opd_env.trainer.batch import Head, MicroBatch, PolicyModule, Row, num_sampled, pack, row_of
+from opd_env.trainer.logprobs import token_logprobs
+from opd_env.trajectory import Trajectory
+
+Prompt = Callable[[Trajectory], Sequence[int]]
+"""Token ids of the prompt that a teacher reads instead of the student's."""
+
+
+class Teacher(Protocol):
+    """Scores sampled tokens. All that the ``sampled`` estimator needs."""
+
+    name: str
+
+    def score(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """Natural log-probs of the sampled tokens, float32 on the CPU, shape ``[N]``.
+
+        Their order is that of ``trajectories``, then of the tokens in each. ``-inf`` where the teacher forbids
+        the token. Every trajectory gets exactly ``trajectory.num_sampled`` values.
+        """
+        ...
+
+
+class LocalTeacher:
+    """A frozen causal language model in this process.
+
+    Args:
+        loaded: the model and its tokenizer. Its parameters are frozen.
+        vocab_size: tokens of the student's tokenizer; the head's padding beyond it gets no probability.
+        temperature: divides the logits; the temperature at which the student samples.
+        tokens_per_microbatch: padded tokens in one forward pass.
+        prompt: gives the prompt to read instead of the student's own; None keeps that.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        vocab_size: int,
+        temperature: float = 1.0,
+        tokens_per_microbatch: int = 16384,
+        prompt: Prompt | None = None,
+    ) -> None:
+        self.loaded = loaded
+        self.name = loaded.name
+        self._temperature = temperature
+        self._tokens_per_microbatch = tokens_per_microbatch
+        self._prompt = prompt
+        loaded.model.requires_grad_(False)
+        self._policy = PolicyModule(loaded.model, vocab_size).eval()
+        self._device = next(loaded.model.parameters()).device
+        self._context = context_length(loaded)
+
+    @property
+    def head(self) -> Head:
+        """Hidden states ``[N, H]`` to logits ``[N, vocab_size]``."""
+        return self._policy.head
+
+    def rows(self, trajectories: Sequence[Trajectory]) -> list[Row]:
+        """The trajectories as this teacher reads them.
+
+        Raises:
+            ValueError: a row is longer than the teacher's context.
+        """
+        rows = []
+        for trajectory in trajectories:
+            row = row_of(trajectory, None if self._prompt is None else self._prompt(trajectory))
+            if len(row.token_ids_T) > self._context:
+                raise ValueError(
+                    f"the teacher {self.name} reads {self._context} tokens at most, but the episode of "
+                    f"{trajectory.task}/{trajectory.example_id} has {len(row.token_ids_T)} with the teacher's "
+                    "prompt; lower limits.max_tokens or teacher_demonstrations"
+                )
+            rows.append(row)
+        return rows
+
+    @torch.no_grad()
+    def score(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """See ``Teacher``."""
+        rows = self.rows(trajectories)
+        logprobs_N = torch.empty(num_sampled(rows))
+        for batch in pack(rows, self._tokens_per_microbatch):
+            batch = batch.to(self._device)
+            scores = token_logprobs(self.hidden(batch), self.head, batch.targets_N, temperature=self._temperature)
+            logprobs_N[batch.index_N] = scores.logprobs_N.float().cpu()
+        return logprobs_N
+
+    @torch.no_grad()
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """Hidden states ``[N, H]`` that predict the batch's sampled tokens, for the ``full`` estimator."""
+        hidden_NH: Tensor = self._policy(batch.to(self._device), lambda hidden_NH, head: hidden_NH)
+        return hidden_NH
+
+
+def context_length(loaded: LoadedModel) -> int:
+    """Tokens that the model can read."""
+    config = loaded.model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+def require_compatible(
+    student: LoadedModel, teacher: LoadedModel, *, max_tokens: int, teacher_extra_tokens: int = 0
+) -> None:
+    """Refuses a teacher that would read the student's tokens as something else.
+
+    Args:
+        student, teacher: with their tokenizers.
+        max_tokens: longest episode.
+        teacher_extra_tokens: by how much the teacher's prompt may be longer than the student's.
+
+    Raises:
+        ValueError: the token ids, an end-of-turn token, the chat template, the size of a vocabulary or a context
+            does not fit; the message shows the first difference.
+    """
+    where = f"the teacher {teacher.name} does not fit the student {student.name}"
+    advice = "distil from a teacher of the student's own model family"
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    for token, index in sorted(ours.items(), key=lambda entry: entry[1]):
+        if theirs.get(token) != index:
+            found = "does not know it" if token not in theirs else f"gives it id {theirs[token]}"
+            raise ValueError(f"{where}: the student's token {token!r} has id {index}, the teacher {found}; {advice}")
+    for name in ("eos_token", "bos_token"):
+        if getattr(student.tokenizer, name) != getattr(teacher.tokenizer, name):
+            raise ValueError(
+                f"{where}: {name} is {getattr(student.tokenizer, name)!r} for the student and "
+                f"{getattr(teacher.tokenizer, name)!r} for the teacher; {advice}"
+            )
+    _require_equal_templates(student.tokenizer, teacher.tokenizer, where)
+    ends, teacher_ends = (get_format(one.tokenizer).stop_token_ids for one in (student, teacher))
+    if ends != teacher_ends:
+        raise ValueError(f"{where}: turns end with token {ends} for the student, {teacher_ends} for the teacher")
+    for role, loaded, extra in (("student", student, 0), ("teacher", teacher, teacher_extra_tokens)):
+        rows = loaded.model.get_input_embeddings().num_embeddings
+        if rows < len(student.tokenizer):
+            raise ValueError(
+                f"{where}: the {role}'s embedding has {rows} rows, fewer than the {len(student.tokenizer)} tokens of "
+                "the student's tokenizer; use the tokenizer that the model was trained with"
+            )
+        if context_length(loaded) < max_tokens + extra:
+            raise ValueError(
+                f"{where}: the {role} reads {context_length(loaded)} tokens at most, its episodes may have "
+                f"{max_tokens + extra}; lower limits.max_tokens" + (" or teacher_demonstrations" if extra else "")
+            )
+
+
+_PROBES = (
+    [user("What is 6 * 7?")],
+    [system("Be brief."), user("What is 6 * 7?"), assistant("42."), user("And 7 * 8?")],
+)
+
+
+def _require_equal_templates(student: Any, teacher: Any, where: str) -> None:
+    for messages in _PROBES:
+        texts = [
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for tokenizer in (student, teacher)
+        ]
+        if texts[0] != texts[1]:
+            at = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+            shown = [text[max(0, at - 20) : at + 20] for text in texts]
+            raise ValueError(
+                f"{where}: their chat templates differ; around character {at} the student's writes {shown[0]!r}, "
+                f"the teacher's {shown[1]!r}; give both models the same template"
+            )
