@@ -51,27 +51,31 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         self.window = window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is stored before the first update, which ``reserve`` has sized."""
-        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
+        """Storage for no slot yet; ``reserve`` grows it."""
+        self.keys, self.values = (
+            states.new_zeros(0, states.shape[1], 0, states.shape[3]) for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
-    def reserve(self, slots: int, length: int, like_key: torch.Tensor, like_value: torch.Tensor) -> None:
-        """Grows the storage, keeping what it holds."""
-        for name, like in (("keys", like_key), ("values", like_value)):
-            old = getattr(self, name)
-            grown = like.new_zeros(slots, like.shape[1], length, like.shape[3])
-            if old is not None and old.numel():
+    def reserve(self, slots: int, length: int) -> None:
+        """Grows the storage to at least this size, keeping what it holds."""
+        for name in ("keys", "values"):
+            old: torch.Tensor = getattr(self, name)
+            if old.shape[0] < slots or old.shape[2] < length:
+                length = -(-length // _GROW) * _GROW
+                shape = (max(slots, old.shape[0]), old.shape[1], max(length, old.shape[2]), old.shape[3])
+                grown = old.new_zeros(shape)
                 grown[: old.shape[0], :, : old.shape[2]] = old
-            setattr(self, name, grown)
+                setattr(self, name, grown)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the new positions of the window's rows; returns all their positions so far."""
         window = self.window
-        if self.keys is None or self.keys.shape[0] < window.last or self.keys.shape[2] < window.length:
-            slots = max(window.last, 0 if self.keys is None else self.keys.shape[0])
-            self.reserve(slots, -(-window.length // _GROW) * _GROW, key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.reserve(window.last, window.length)
         keys, values = self.keys[window.first : window.last], self.values[window.first : window.last]
         index = window.positions_NQ[:, None, :, None]
         keys.scatter_(2, index.expand_as(key_states), key_states)
@@ -80,11 +84,11 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchanges the first ``length`` positions of two rows."""
+        self.reserve(max(a, b) + 1, length)
         for store in (self.keys, self.values):
-            if store is not None and max(a, b) < store.shape[0]:
-                kept = store[a, :, :length].clone()
-                store[a, :, :length] = store[b, :, :length]
-                store[b, :, :length] = kept
+            kept = store[a, :, :length].clone()
+            store[a, :, :length] = store[b, :, :length]
+            store[b, :, :length] = kept
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys."""
