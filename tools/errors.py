@@ -39,7 +39,7 @@ class ToolErrorKind(StrEnum):
     EXCEPTION = "exception"
     """The tool raised, died, or returned what is no JSON value."""
     SANDBOX = "sandbox"
-    """The sandbox itself failed: not the student's doing."""
+    """The sandbox, or the process that a tool runs in, could not work: not the student's doing."""
     BUDGET = "budget"
     """The episode's budget of calls was spent; the call was not run."""
 

@@ -44,6 +44,18 @@ def make_runner(tool: Tool) -> Runner:
     return ThreadRunner(tool)
 
 
+def prepare(tool: Tool) -> None:
+    """Finds out early what would let every call of the tool fail.
+
+    Raises:
+        ValueError: the tool cannot be copied into the process that it asks for.
+    """
+    if tool.isolation is Isolation.PROCESS:
+        from opd_env.tools.process import copy_of
+
+        copy_of(tool)
+
+
 class ToolCode:
     """A tool's function together with the state of one episode. Knows no time limit."""
 

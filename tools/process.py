@@ -23,7 +23,6 @@ Test it alone: ``pytest tests/tools/test_tool_process.py``
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import json
@@ -34,6 +33,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -46,63 +46,75 @@ from opd_env.tools.output import Output, encode_error
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
-MAX_IDLE = os.cpu_count() or 1
-"""Idle processes kept per tool."""
 _MAX_REPLY_BYTES = 1 << 26
 _END_EPISODE = b"null"
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from opd_env.tools.process import main; main()"
 
 
-class ToolProcess:
-    """One child process, for one tool. Used by one caller at a time."""
+def copy_of(tool: Tool) -> bytes:
+    """The tool as its process receives it. Made once for each tool.
 
-    def __init__(self, tool: Tool) -> None:
+    Raises:
+        ValueError: something that the function uses cannot be copied.
+    """
+    if tool not in _copies:
         import cloudpickle
 
         try:
-            code = cloudpickle.dumps(dataclasses.replace(tool))
+            _copies[tool] = cloudpickle.dumps(dataclasses.replace(tool))
         except Exception as error:
-            message = f"the tool cannot be copied into a process of its own ({error}); give it isolation='thread'"
-            raise ToolError(ToolErrorKind.EXCEPTION, message) from error
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-            )
-        self._connection = Connection(ours.detach())
+            raise ValueError(
+                f"tool {tool.name!r} cannot be copied into a process of its own ({error}); give it isolation='thread'"
+            ) from error
+    return _copies[tool]
+
+
+class ToolProcess:
+    """One child process, for one tool. Used by one caller at a time; killed when nobody holds it any more.
+
+    Raises:
+        ToolError: kind ``sandbox``: the process could not be started.
+    """
+
+    def __init__(self, tool: Tool) -> None:
+        code = copy_of(tool)
         try:
-            self._connection.send_bytes(code)
-            started = self.ask(None, START_TIMEOUT_S)
-        except TimeoutError:
-            message = f"the tool's process did not start within {START_TIMEOUT_S:g} s"
-            raise ToolError(ToolErrorKind.EXCEPTION, message) from None
+            ours, theirs = socket.socketpair()
+            with theirs:
+                command = [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())]
+                self._connection = Connection(ours.detach())
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+                )
+            self._end = weakref.finalize(self, _kill, self._process, self._connection, os.getpid())
+            started = self.ask(code, START_TIMEOUT_S)
+        except (OSError, ToolError) as error:
+            raise ToolError(ToolErrorKind.SANDBOX, f"the tool's process did not start: {error}") from error
         if started.error is not None:
             self.kill()
-            raise ToolError(started.error, json.loads(started.content)["message"])
+            raise ToolError(ToolErrorKind.SANDBOX, f"the tool's process did not start: {started.content}")
 
-    def ask(self, request: bytes | None, timeout_s: float) -> Output:
-        """Sends a request (None: only waits) and returns the answer.
+    def ask(self, request: bytes, timeout_s: float) -> Output:
+        """Sends a request and returns the answer.
 
         Raises:
             TimeoutError: no answer in time; the process was killed.
             ToolError: the process died.
         """
         try:
-            if request is not None:
-                self._connection.send_bytes(request)
-            if not self._connection.poll(timeout_s):
-                raise TimeoutError(f"no answer within {timeout_s:g} s")
-            content, kind, truncated = json.loads(self._connection.recv_bytes(_MAX_REPLY_BYTES))
-            return Output(content, None if kind is None else ToolErrorKind(kind), truncated)
-        except (OSError, EOFError, ValueError) as error:
-            if isinstance(error, TimeoutError):
-                self.kill()
-                raise
+            self._connection.send_bytes(request)
+            answered = self._connection.poll(timeout_s)
+            reply = json.loads(self._connection.recv_bytes(_MAX_REPLY_BYTES)) if answered else None
+        except (OSError, EOFError, ValueError):
             raise ToolError(ToolErrorKind.EXCEPTION, f"the tool's process died ({self._cause_of_death()})") from None
         except BaseException:  # Ctrl-C while waiting
             self.kill()
             raise
+        if reply is None:
+            self.kill()
+            raise TimeoutError(f"no answer within {timeout_s:g} s")
+        content, kind, truncated = reply
+        return Output(content, None if kind is None else ToolErrorKind(kind), truncated)
 
     @property
     def alive(self) -> bool:
@@ -111,10 +123,7 @@ class ToolProcess:
 
     def kill(self) -> None:
         """Kills the process and all others of its group."""
-        self._connection.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._end()
 
     def _cause_of_death(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -154,7 +163,9 @@ class ProcessRunner:
             _give_back(self._tool, process)
 
 
+_copies: WeakKeyDictionary[Tool, bytes] = WeakKeyDictionary()
 _idle: WeakKeyDictionary[Tool, list[ToolProcess]] = WeakKeyDictionary()
+os.register_at_fork(after_in_child=_idle.clear)  # the processes are the parent's
 
 
 def _take(tool: Tool) -> ToolProcess:
@@ -168,21 +179,16 @@ def _take(tool: Tool) -> ToolProcess:
 
 
 def _give_back(tool: Tool, process: ToolProcess) -> None:
-    waiting = _idle.setdefault(tool, [])
-    if len(waiting) < MAX_IDLE:
-        waiting.append(process)
-    else:
-        process.kill()
+    _idle.setdefault(tool, []).append(process)
 
 
-def _kill_idle() -> None:
-    for waiting in _idle.values():
-        while waiting:
-            waiting.pop().kill()
-
-
-atexit.register(_kill_idle)
-os.register_at_fork(after_in_child=_idle.clear)  # the processes are the parent's
+def _kill(process: subprocess.Popen[bytes], connection: Connection[bytes, bytes], owner: int) -> None:
+    connection.close()
+    if os.getpid() != owner:
+        return  # a fork of the owner dropped its copy
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main() -> None:

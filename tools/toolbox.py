@@ -20,7 +20,7 @@ from typing import Any
 
 from opd_env.tools.base import Tool
 from opd_env.tools.errors import ToolError, ToolErrorKind, did_you_mean
-from opd_env.tools.execution import Runner, make_runner
+from opd_env.tools.execution import Runner, make_runner, prepare
 from opd_env.tools.output import Output, encode_error
 from opd_env.tools.registry import get_tool
 
@@ -56,7 +56,8 @@ class Toolbox:
         tools: registered names or tools, in the order in which a model reads them.
 
     Raises:
-        ValueError: an unknown name, something that is no tool, or two tools of one name.
+        ValueError: an unknown name, something that is no tool, two tools of one name, or a tool that cannot be
+            copied into the process that it asks for.
     """
 
     def __init__(self, tools: Sequence[str | Tool]) -> None:
@@ -70,6 +71,7 @@ class Toolbox:
             if tool.name in self._tools:
                 raise ValueError(f"two tools are named {tool.name!r}; rename one with @tool(name=...)")
             self._tools[tool.name] = tool
+            prepare(tool)
         self._runners: dict[str, Runner] = {}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -10,12 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from opd_env.tools import Tool, Toolbox, ToolErrorKind, tool
-from opd_env.tools.process import _kill_idle
+from opd_env.tools import Tool, Toolbox, ToolErrorKind, process, tool
 
 LIMIT = 0.4
 OFFSET = 40
@@ -58,9 +59,9 @@ def misbehave(how: str) -> object:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_processes_left() -> object:
+def _no_processes_left() -> Iterator[None]:
     yield
-    _kill_idle()
+    process._idle.clear()
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,9 @@ def test_whatever_it_does_there_is_a_typed_error_on_time(how: str, kind: ToolErr
     assert toolbox.call("misbehave", {"how": "nothing"}).ok
 
 
-def gone(pid: int) -> bool:
-    """Whether the process ends within two seconds."""
-    for _ in range(200):
+def gone(pid: int, within: float = 2.0) -> bool:
+    """Whether the process ends within so many seconds."""
+    for _ in range(int(within * 100)):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
         except FileNotFoundError:
@@ -168,7 +169,7 @@ def test_state_lives_in_the_process_for_one_episode() -> None:
     second.close()
 
 
-def test_a_function_that_cannot_be_copied_says_what_to_do() -> None:
+def test_a_function_that_cannot_be_copied_is_refused_before_the_first_call() -> None:
     lock = threading.Lock()
     stuck = Tool(
         name="stuck",
@@ -177,10 +178,50 @@ def test_a_function_that_cannot_be_copied_says_what_to_do() -> None:
         function=lambda: lock.locked(),
         isolation="process",
     )
-    result = Toolbox([stuck]).call("stuck", {})
-    assert result.error is ToolErrorKind.EXCEPTION
-    assert "cannot be copied into a process of its own" in result.content
-    assert "isolation='thread'" in result.content
+    with pytest.raises(ValueError, match=r"'stuck' cannot be copied into a process .* give it isolation='thread'"):
+        Toolbox([stuck])
+
+
+def work() -> int:
+    return os.getpid()
+
+
+def in_process() -> Tool:
+    return Tool(name="w", description="W.", parameters={"type": "object"}, function=work, isolation="process")
+
+
+def test_a_process_that_cannot_start_is_not_the_students_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    toolbox = Toolbox([in_process()])
+    for executable in ("/no/such/python", "/bin/false"):
+        monkeypatch.setattr(sys, "executable", executable)
+        result = toolbox.call("w", {})
+        assert result.error is ToolErrorKind.SANDBOX
+        assert "the tool's process did not start" in result.content
+    monkeypatch.undo()
+    assert toolbox.call("w", {}).ok
+
+
+def test_a_process_ends_with_the_last_reference_to_its_tool() -> None:
+    toolbox = Toolbox([in_process()])
+    pid = int(toolbox.call("w", {}).content)
+    assert not gone(pid, within=0.1)
+    del toolbox
+    gc.collect()
+    assert gone(pid)
+
+
+def test_a_fork_of_the_parent_leaves_the_processes_alone() -> None:
+    toolbox = Toolbox([in_process()])
+    pid = toolbox.call("w", {}).content
+    child = os.fork()
+    if child == 0:
+        try:
+            del toolbox
+            gc.collect()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert toolbox.call("w", {}).content == pid
 
 
 def test_a_script_without_a_main_guard_may_define_such_a_tool(tmp_path: Path) -> None:
