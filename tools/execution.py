@@ -18,6 +18,8 @@ from opd_env.tools.output import Output, encode_error, encode_output
 from opd_env.tools.time_limit import run_with_limit
 
 logger = logging.getLogger(__name__)
+CLOSE_TIMEOUT_S = 2.0
+"""Seconds that the ``close()`` of a state may take."""
 _GRACE_S = 0.05
 
 
@@ -76,9 +78,7 @@ class ToolCode:
             if inspect.isawaitable(value):
                 value = _await(value, self.tool.timeout_s + _GRACE_S)
             return encode_output(value, self.tool.max_output_chars)
-        except (
-            BaseException
-        ) as error:  # SystemExit and KeyboardInterrupt too: this thread or process is only the tool's
+        except BaseException as error:  # even SystemExit: this thread or process is the tool's alone
             logger.debug("tool %s raised", self.tool.name, exc_info=True)
             return encode_error(error, self.tool.max_output_chars)
 
@@ -116,9 +116,9 @@ class ThreadRunner:
         if not code.has_state:
             return
         try:
-            run_with_limit(code.close, self._tool.timeout_s)
+            run_with_limit(code.close, CLOSE_TIMEOUT_S)
         except TimeoutError:
-            logger.warning("closing the state of tool %s took more than %g s", self._tool.name, self._tool.timeout_s)
+            logger.warning("closing the state of tool %s took more than %g s", self._tool.name, CLOSE_TIMEOUT_S)
 
 
 def _await(value: Awaitable[Any], timeout_s: float) -> Any:

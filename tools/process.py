@@ -41,11 +41,12 @@ from weakref import WeakKeyDictionary
 
 from opd_env.tools.base import Tool
 from opd_env.tools.errors import ToolError, ToolErrorKind
-from opd_env.tools.execution import ToolCode
+from opd_env.tools.execution import CLOSE_TIMEOUT_S, ToolCode
 from opd_env.tools.output import Output, encode_error
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
+"""Seconds that the start of a process may take, on a busy machine too."""
 _MAX_REPLY_BYTES = 1 << 26
 _END_EPISODE = b"null"
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from opd_env.tools.process import main; main()"
@@ -156,7 +157,7 @@ class ProcessRunner:
         if process is None:
             return
         try:
-            process.ask(_END_EPISODE, self._tool.timeout_s)
+            process.ask(_END_EPISODE, CLOSE_TIMEOUT_S)
         except (TimeoutError, ToolError) as error:
             logger.warning("closing the state of tool %s failed: %s", self._tool.name, error)
         else:

@@ -24,6 +24,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -33,8 +34,8 @@ WARN_EVERY = 10
 """Threads left behind for each warning in the log."""
 
 
-class _TimeUp(SystemExit):
-    """Raised inside a function whose time is up. A SystemExit, so that the end of its thread is silent."""
+class _TimeUp(BaseException):
+    """Raised inside a function whose time is up."""
 
 
 class _Worker(threading.Thread):
@@ -45,6 +46,10 @@ class _Worker(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        with suppress(_TimeUp):  # told to end between two functions
+            self._work()
+
+    def _work(self) -> None:
         owner = os.getpid()
         while not self.ended:
             function, reply = self.jobs.get()

@@ -74,7 +74,7 @@ def test_a_blocked_tool_does_nothing_more_once_it_wakes() -> None:
     done = []
 
     def wake_late() -> None:
-        time.sleep(0.3)
+        time.sleep(1.0)
         done.append("written after its time")
 
     assert run(wake_late, timeout_s=0.05).error is ToolErrorKind.TIMEOUT
@@ -101,8 +101,11 @@ def test_a_tool_that_refuses_to_end_is_a_timeout_on_time_and_is_counted() -> Non
 
 
 def test_threads_left_behind_are_told_of_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    assert ended_within(3)
+    free = threading.Event()
     for _ in range(10):
-        run(lambda: time.sleep(0.3), timeout_s=0.005)
+        run(free.wait, timeout_s=0.1)
+    free.set()
     assert "10 tool threads go on after their time; give such tools isolation='process'" in caplog.text
     assert ended_within(3)
 

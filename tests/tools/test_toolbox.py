@@ -38,7 +38,7 @@ class Notebook:
         Notebook.closed.append("/".join(self.lines))
 
 
-@tool(state=Notebook, mutates_state=True, timeout_s=0.3)
+@tool(state=Notebook, mutates_state=True, timeout_s=0.5)
 def note(line: str, state: Notebook) -> list[str]:
     """Notes a line.
 
@@ -155,7 +155,7 @@ def test_a_timeout_gives_the_state_up_and_says_so() -> None:
 def with_state(make: Any) -> Toolbox:
     parameters = {"type": "object"}
     return Toolbox(
-        [Tool(name="t", description="T.", parameters=parameters, function=lambda state: 1, state=make, timeout_s=0.2)]
+        [Tool(name="t", description="T.", parameters=parameters, function=lambda state: 1, state=make, timeout_s=0.5)]
     )
 
 
