@@ -32,6 +32,7 @@ from opd_env.engine import Engine, SamplingParams
 from opd_env.evaluation import evaluate, installed_versions
 from opd_env.local_engine import LocalEngine
 from opd_env.models import LoadedModel
+from opd_env.report import write_report
 from opd_env.rollouts import RolloutResult, rollout
 from opd_env.store import TrajectoryWriter
 from opd_env.trainer.batch import PolicyModule
@@ -46,6 +47,7 @@ from opd_env.trainer.run_folder import RunFolder, git_state
 from opd_env.trainer.setup import Parts, make_accelerator, make_parts
 from opd_env.trainer.sft import expert_trajectories, sft
 from opd_env.trainer.state import Progress, restore, state_files
+from opd_env.trainer.teachers import log_ratios
 from opd_env.trainer.update import TrainingError, Updater, learning_rate_at
 
 
@@ -235,7 +237,7 @@ class OPDTrainer:
             **git_state(),
         }
         if self._is_main:
-            self.folder.write_results(results)
+            self.folder.write_json("results.json", results)
         return results
 
     def _evaluate_during(self, step: int) -> dict[str, float]:
@@ -268,6 +270,9 @@ class OPDTrainer:
                 progress=lambda done, total: advance(done, None),
             )
             found.append(result.summary.to_json() | {"failed_episodes": len(result.errors)})
+            if name in ("before", "after"):  # the report shows what the teacher thinks of every token
+                ratios = log_ratios(self.parts.teacher, result.trajectories)
+                self.folder.write_json(f"evaluations/{name}/log_ratios.json", ratios, indent=None)
             self.display.say(f"{name}: accuracy {result.summary.accuracy}, {result.summary.n} problems")
         self.accelerator.wait_for_everyone()
         gathered: list[dict[str, Any]] = gather_object(found)
@@ -305,8 +310,9 @@ class OPDTrainer:
         results |= {"steps": self.config.steps, "seconds": seconds}
         if self._is_main:
             student = self.parts.student
-            self.folder.write_results(results)
+            self.folder.write_json("results.json", results)
             self.folder.save_model(self.parts.save_student)
+            write_report(self.folder.path)
             self.display.say(f"done: {student.name}, results in {self.folder.path}")
         self.accelerator.end_training()
         return results

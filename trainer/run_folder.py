@@ -72,9 +72,9 @@ class RunFolder:
             raise ConfigError(f"{file} is not JSON ({error}); remove it, or start anew with --resume never") from error
         return results
 
-    def write_results(self, results: Mapping[str, Any]) -> None:
-        """Replaces ``results.json`` in one step."""
-        self._write("results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    def write_json(self, name: str, value: Mapping[str, Any], indent: int | None = 2) -> None:
+        """Replaces a file of the folder in one step."""
+        self._write(name, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
     def save_model(self, save: Callable[[Path], Any]) -> None:
         """Replaces ``model/`` by what ``save`` writes into the folder that it is given."""

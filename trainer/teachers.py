@@ -116,6 +116,17 @@ class LocalTeacher:
         return hidden_NH
 
 
+def log_ratios(teacher: Teacher, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
+    """Teacher minus student log-prob of every sampled token, by ``example_id/sample``, at most 99 either way."""
+    scores = teacher.score(trajectories).split([one.num_sampled for one in trajectories])
+    return {
+        f"{one.example_id}/{one.sample}": [
+            round(max(-99.0, min(99.0, ours)), 4) for ours in (score_N.numpy() - one.logprobs[one.sampled]).tolist()
+        ]
+        for one, score_N in zip(trajectories, scores, strict=True)
+    }
+
+
 def context_length(loaded: LoadedModel) -> int:
     """Tokens that the model can read."""
     config = loaded.model.config.get_text_config()
