@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,7 @@ def make_trajectory(
     sample: int = 0,
     correct: bool = True,
     stop_reason: StopReason = StopReason.ANSWER,
+    encode: Callable[[str], list[int]] = encode,
     **fields: Any,
 ) -> Trajectory:
     """A trajectory whose assistant turns hold the given text pieces and calls, in order."""
@@ -121,7 +122,9 @@ def make_trajectory(
     )
 
 
-def make_trajectories(problems: int, skill: float, *, samples: int = 1, seed: int = 0) -> list[Trajectory]:
+def make_trajectories(
+    problems: int, skill: float, *, samples: int = 1, seed: int = 0, encode: Callable[[str], list[int]] = encode
+) -> list[Trajectory]:
     """Episodes of a student who gets about ``skill`` of the problems right, with every kind of mistake."""
     made = []
     for problem in range(problems):
@@ -139,7 +142,7 @@ def make_trajectories(problems: int, skill: float, *, samples: int = 1, seed: in
             made.append(
                 make_trajectory(
                     turns=turns, question=question, example_id=f"{problem:04d}", sample=sample, correct=right,
-                    stop_reason=stop, difficulty=level, seed=seed,
+                    stop_reason=stop, difficulty=level, seed=seed, encode=encode,
                     extracted=str(result) if stop is StopReason.ANSWER else None,
                     grade_reason="" if right else f"expected {a * b + c}",
                 )

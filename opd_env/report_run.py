@@ -1,0 +1,201 @@
+"""Reads back what a run or an evaluation left in its folder, for reports.
+
+Worked example::
+
+    run = Run.read("runs/demo")
+    run.models["after"].accuracy            # from results.json
+    run.metrics[-1]["teacher/kl"]           # from metrics.jsonl
+
+Whatever is missing is empty; whatever is damaged is an error that names file and line.
+
+Test it alone: ``pytest tests/core/test_report.py``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from opd_env.metrics import Summary
+from opd_env.statistics import Rate
+from opd_env.store import load_trajectories
+from opd_env.trajectory import Trajectory
+from opd_env.transcript import Decode
+
+MODELS = {"before": "Student before", "after": "Student after", "teacher": "Teacher", "evaluation": "Model"}
+"""Entries of ``results.json``, in the order of the page, and what they are called."""
+
+_SUMMARY = frozenset(Summary.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One evaluated model."""
+
+    key: str
+    title: str
+    accuracy: Rate
+    summary: Summary | None
+    """None when ``results.json`` holds only the headline numbers."""
+    trajectories: Sequence[Trajectory]
+    """Its episodes; empty when they were not stored."""
+    log_ratios: Mapping[str, Sequence[float]]
+    """Teacher minus student log-probs of an episode's sampled tokens, by ``example_id/sample``, if stored."""
+
+    @cached_property
+    def outcomes(self) -> list[tuple[str, int, bool]]:
+        """``example_id``, ``sample`` and ``correct`` of every episode; reads all of them once."""
+        return [(one.example_id, one.sample, one.correct) for one in self.trajectories]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Share of correct episodes per problem."""
+        correct: dict[str, list[bool]] = {}
+        for example_id, _, right in self.outcomes:
+            correct.setdefault(example_id, []).append(right)
+        return {example_id: sum(rights) / len(rights) for example_id, rights in correct.items()}
+
+    @property
+    def first_episodes(self) -> dict[str, int]:
+        """Where in ``trajectories`` the first episode of each problem is."""
+        return {example_id: place for place, (example_id, sample, _) in enumerate(self.outcomes) if sample == 0}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    name: str
+    config: Mapping[str, Any]
+    config_text: str
+    results: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    models: Mapping[str, Model]
+    """By key of ``results.json``, in the order of ``MODELS``."""
+    evaluated: Sequence[tuple[float, Summary]]
+    """Evaluations of the student by step: before, during and after training."""
+    decode: Decode | None
+    """Text of token ids, by the newest ``tokenizer.json`` in the folder."""
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Run:
+        """Reads a folder.
+
+        Raises:
+            ValueError: it holds nothing to report, or a file in it is damaged.
+        """
+        folder = Path(folder)
+        results, metrics = read_json(folder / "results.json"), read_metrics(folder / "metrics.jsonl")
+        if not results and not metrics:
+            raise ValueError(f"{str(folder)!r} holds no results.json and no metrics.jsonl: there is nothing to report")
+        models = {key: model for key in MODELS if (model := _model(folder, key, results)) is not None}
+        text = _text(folder / "config.yaml")
+        return cls(
+            name=folder.resolve().name,
+            config=_yaml(text, folder / "config.yaml"),
+            config_text=text,
+            results=results,
+            metrics=metrics,
+            models=models,
+            evaluated=_evaluated(folder, metrics, models),
+            decode=_tokenizer(folder),
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; none when there is no file. A last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: another line is no JSON object.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty when there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    text = _text(path)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _model(folder: Path, key: str, results: Mapping[str, Any]) -> Model | None:
+    entry = results.get(key)
+    if not isinstance(entry, dict) or entry.get("accuracy") is None:
+        return None
+    accuracy = Rate(entry["accuracy"], *entry["accuracy_ci"], entry["n"])
+    place = folder if key == "evaluation" else folder / "evaluations" / key
+    files = [place / name for name in ("trajectories.jsonl", "trajectories.parquet") if (place / name).exists()]
+    return Model(
+        key=key,
+        title=MODELS[key],
+        accuracy=accuracy,
+        summary=Summary.from_json(entry) if set(entry) >= _SUMMARY else None,
+        trajectories=load_trajectories(files[0]) if files else (),
+        log_ratios=read_json(place / "log_ratios.json"),
+    )
+
+
+def _evaluated(
+    folder: Path, metrics: Sequence[Mapping[str, Any]], models: Mapping[str, Model]
+) -> list[tuple[float, Summary]]:
+    found = []
+    for file in sorted(folder.glob("evaluations/step_*/results.json")):
+        entry = read_json(file).get("evaluation", {})
+        if set(entry) >= _SUMMARY:
+            found.append((float(file.parent.name.removeprefix("step_")), Summary.from_json(entry)))
+    ends = [models[key].summary if key in models else None for key in ("before", "after")]
+    if ends[0] is not None:
+        found.insert(0, (0.0, ends[0]))
+    if ends[1] is not None and metrics:
+        found.append((float(metrics[-1].get("step", len(metrics))), ends[1]))
+    return found
+
+
+def _tokenizer(folder: Path) -> Decode | None:
+    files = sorted(folder.glob("**/tokenizer.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        return None
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(files[-1]))
+    return partial(tokenizer.decode, skip_special_tokens=False)
+
+
+def _yaml(text: str, path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
