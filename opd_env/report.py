@@ -198,15 +198,12 @@ def _episodes(models: Sequence[Model], decode: Decode | None) -> list[dict[str, 
     shown = [model for model in models if model.key != "teacher" and len(model.trajectories)]
     if not shown:
         return []
-    places = [model.first_episodes for model in shown]
-    solved = [
-        {key: model.outcomes[at][2] for key, at in found.items()} for model, found in zip(shown, places, strict=True)
-    ]
+    solved = [{key: model.outcomes[at].correct for key, at in model.first_episodes.items()} for model in shown]
     episodes = []
     for example_id in choose_examples(solved[0] if len(shown) > 1 else {}, solved[-1], EXAMPLES):
         played = []
-        for model, found in zip(shown, places, strict=True):
-            one = model.trajectories[found[example_id]]
+        for model in shown:
+            one = model.trajectories[model.first_episodes[example_id]]
             played.append((model, one, transcript(one, decode, _log_ratio(model, one))))
         episodes.append({"question": shorten(played[-1][1].question), "played": played})
     return episodes

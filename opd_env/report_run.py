@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opd_env.metrics import Summary
 from opd_env.statistics import Rate
@@ -30,6 +30,14 @@ MODELS = {"before": "Student before", "after": "Student after", "teacher": "Teac
 """Entries of ``results.json``, in the order of the page, and what they are called."""
 
 _SUMMARY = frozenset(Summary.__dataclass_fields__)
+
+
+class Outcome(NamedTuple):
+    """What a report needs of every episode."""
+
+    example_id: str
+    sample: int
+    correct: bool
 
 
 @dataclass(frozen=True)
@@ -47,22 +55,22 @@ class Model:
     """Teacher minus student log-probs of an episode's sampled tokens, by ``example_id/sample``, if stored."""
 
     @cached_property
-    def outcomes(self) -> list[tuple[str, int, bool]]:
-        """``example_id``, ``sample`` and ``correct`` of every episode; reads all of them once."""
-        return [(one.example_id, one.sample, one.correct) for one in self.trajectories]
+    def outcomes(self) -> list[Outcome]:
+        """How every episode ended; reads all of them once."""
+        return [Outcome(one.example_id, one.sample, one.correct) for one in self.trajectories]
 
     @property
     def scores(self) -> dict[str, float]:
         """Share of correct episodes per problem."""
         correct: dict[str, list[bool]] = {}
-        for example_id, _, right in self.outcomes:
-            correct.setdefault(example_id, []).append(right)
+        for outcome in self.outcomes:
+            correct.setdefault(outcome.example_id, []).append(outcome.correct)
         return {example_id: sum(rights) / len(rights) for example_id, rights in correct.items()}
 
-    @property
+    @cached_property
     def first_episodes(self) -> dict[str, int]:
         """Where in ``trajectories`` the first episode of each problem is."""
-        return {example_id: place for place, (example_id, sample, _) in enumerate(self.outcomes) if sample == 0}
+        return {outcome.example_id: place for place, outcome in enumerate(self.outcomes) if outcome.sample == 0}
 
 
 @dataclass(frozen=True)
