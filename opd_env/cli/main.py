@@ -1,0 +1,88 @@
+"""Finds the command, runs it, and turns what a user can mend into one sentence.
+
+Exit codes: 0 done; 1 a check found something wrong; 2 the request cannot be carried out; 130 stopped by Ctrl-C.
+
+Test it alone: ``pytest tests/core/test_cli.py``
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from opd_env.cli.offline import go_offline_without_network
+
+COMMANDS = {
+    "train": ("opd_env.cli.train", "distil a student: settings from YAML files and --options"),
+    "eval": ("opd_env.cli.play", "score a model on tasks, with confidence intervals"),
+    "rollout": ("opd_env.cli.play", "play a few episodes and show every token's kind"),
+    "report": ("opd_env.cli.train", "write report.html of a run folder again"),
+    "certify": ("opd_env.cli.certify", "prove each divergence's expected update against its exact gradient"),
+    "tools": ("opd_env.cli.listing", "list the tools, show one, or test one"),
+    "tasks": ("opd_env.cli.listing", "list the tasks, or show examples of one"),
+    "doctor": ("opd_env.cli.doctor", "say what this machine can do"),
+}
+"""Name to the module that holds ``run(command, arguments) -> exit code``, and a line of help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. ``OPD_ENV_TRACEBACK=1`` shows where an error arose."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from opd_env import __version__
+
+        print(f"opd-env {__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+        return _fail(f"no command {command!r}; {hint}")
+    try:
+        if command in ("train", "eval", "rollout", "tasks"):
+            go_offline_without_network()
+        code: int = importlib.import_module(COMMANDS[command][0]).run(command, rest)
+        return code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("OPD_ENV_TRACEBACK") or not _is_for_users(error):
+            raise
+        return _fail(str(error))
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Errors that are raised with a sentence for the user. Anything else is a bug and keeps its traceback."""
+    from opd_env.tools.sandbox import SandboxUnavailable
+
+    if isinstance(error, ValueError | OSError | ImportError | SandboxUnavailable):
+        return True
+    # These live in modules that import torch; when one was raised, its module is there.
+    users = {"ModelUnavailable", "StoreError", "CheckpointError", "TrainingError"}
+    return any(base.__name__ in users for base in type(error).__mro__)
+
+
+def _fail(sentence: str) -> int:
+    print(f"opd-env: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items())
+    return (
+        "usage: opd-env COMMAND …\n\n"
+        "Teaches small language models to use tools by on-policy distillation (OPD+).\n\n"
+        f"{commands}\n\n"
+        "opd-env COMMAND --help tells more. A first run: opd-env train configs/demo.yaml"
+    )

@@ -1,0 +1,231 @@
+"""``opd-env eval`` scores a model on tasks; ``opd-env rollout`` plays a few episodes and shows them.
+
+Test it alone: ``pytest tests/core/test_cli.py``
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd_env.configuration import ConfigError, configure, import_files
+from opd_env.limits import RolloutLimits
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from opd_env.formats import ChatFormat
+    from opd_env.local_engine import LocalEngine
+    from opd_env.tasks import Task
+    from opd_env.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Scores a model on tasks, with 95 % intervals. Stopped at any time, the same command continues."""
+
+    model: str
+    """packaged:student, packaged:teacher, smollm2, a folder that save_pretrained wrote, or a hub id."""
+    task: tuple[str, ...]
+    """Names of tasks, as a,b."""
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the tasks, such as a data file or difficulty levels."""
+    split: str = "test"
+    """Split of the tasks."""
+    problems: int | None = None
+    """How many problems, the first of the split; null takes all."""
+    samples: int = 1
+    """Episodes per problem; more than 1 needs a temperature above 0."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the most likely token."""
+    tools: tuple[str, ...] | None = None
+    """Names of the tools on offer; null takes each task's own."""
+    imports: tuple[str, ...] = ()
+    """Python files to run first, so that their @tool and @register_task take effect."""
+    limits: RolloutLimits = field(default_factory=RolloutLimits)
+    """Budgets of an episode."""
+    seed: int = 0
+    """Seed of the sampling."""
+    dtype: str = "float32"
+    """Number format of the weights."""
+    concurrent_episodes: int = 32
+    """Episodes played side by side; memory grows with it."""
+    output: str = "runs/eval"
+    """Results go to output/MODEL/TASK."""
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Plays a few episodes as training would, and shows every token's kind."""
+
+    model: str
+    """packaged:student, packaged:teacher, smollm2, a folder that save_pretrained wrote, or a hub id."""
+    task: str
+    """Name of the task."""
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the task, such as a data file or difficulty levels."""
+    split: str = "train"
+    """Split of the task."""
+    first: int = 0
+    """Number of the first problem."""
+    problems: int = 3
+    """How many problems."""
+    samples: int = 1
+    """Episodes per problem."""
+    temperature: float = 1.0
+    """Sampling temperature; training uses 1."""
+    tools: tuple[str, ...] | None = None
+    """Names of the tools on offer; null takes the task's own."""
+    imports: tuple[str, ...] = ()
+    """Python files to run first, so that their @tool and @register_task take effect."""
+    limits: RolloutLimits = field(default_factory=RolloutLimits)
+    """Budgets of an episode."""
+    seed: int = 0
+    """Seed of the sampling."""
+    dtype: str = "float32"
+    """Number format of the weights."""
+    output: str | None = None
+    """Parquet file to save the trajectories to."""
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Carries out one of the two commands."""
+    if command == "eval":
+        return _evaluate(configure(EvalSettings, arguments, prog="opd-env eval"))
+    return _rollout(configure(RolloutSettings, arguments, prog="opd-env rollout"))
+
+
+def _evaluate(settings: EvalSettings) -> int:
+    from rich.console import Console
+
+    from opd_env.engine import SamplingParams
+    from opd_env.evaluation import evaluate, results_table
+
+    import_files(settings.imports)
+    tasks = [_load(name, settings.split, settings.task_options) for name in settings.task]
+    engine, chat = _open(settings.model, settings.dtype, settings.concurrent_episodes)
+    console = Console()
+    results = []
+    for task in tasks:
+        with _progress(f"{task.name} ({task.split})") as advance:
+            result = evaluate(
+                task,
+                engine,
+                chat,
+                model=settings.model,
+                samples=settings.samples,
+                limit=settings.problems,
+                tools=settings.tools,
+                limits=settings.limits,
+                sampling=SamplingParams(temperature=settings.temperature),
+                seed=settings.seed,
+                folder=Path(settings.output) / _slug(settings.model) / _slug(task.name),
+                progress=advance,
+            )
+        results.append(result)
+        for error in result.errors[:1]:
+            console.print(
+                f"[yellow]{len(result.errors)} episodes failed; the first: {error.message}[/]", highlight=False
+            )
+    console.print(results_table(results))
+    console.print(f"results: {Path(settings.output) / _slug(settings.model)}", soft_wrap=True)
+    return 0
+
+
+def _rollout(settings: RolloutSettings) -> int:
+    from rich.console import Console
+
+    from opd_env.engine import SamplingParams
+    from opd_env.rollouts import rollout
+    from opd_env.store import save_trajectories
+
+    import_files(settings.imports)
+    task = _load(settings.task, settings.split, settings.task_options)
+    last = min(settings.first + settings.problems, len(task))
+    engine, chat = _open(settings.model, settings.dtype, capacity=32)
+    with _progress(f"{task.name} ({task.split})") as advance:
+        finished: list[Trajectory] = []
+
+        def keep(trajectory: Trajectory) -> None:
+            finished.append(trajectory)
+            advance(len(finished), (last - settings.first) * settings.samples)
+
+        result = rollout(
+            task,
+            engine,
+            chat,
+            indices=range(settings.first, last),
+            samples=settings.samples,
+            tools=settings.tools,
+            limits=settings.limits,
+            sampling=SamplingParams(temperature=settings.temperature),
+            seed=settings.seed,
+            on_finished=keep,
+        )
+    console = Console()
+    for trajectory in result.trajectories:
+        _show(console, trajectory, chat)
+    for error in result.errors:
+        console.print(f"[red]{error.example_id} failed: {error.message}[/]", highlight=False)
+    speed = result.sampled_tokens / result.seconds if result.seconds else 0.0
+    console.print(f"{len(finished)} episodes, {result.sampled_tokens} sampled tokens, {speed:.0f} tokens/s")
+    if settings.output is not None:
+        console.print(f"trajectories: {save_trajectories(result.trajectories, settings.output)}", soft_wrap=True)
+    return 1 if result.errors else 0
+
+
+def _load(name: str, split: str, options: Mapping[str, Any]) -> Task:
+    from opd_env.tasks import load_task
+
+    return load_task(name, split, **options)
+
+
+def _open(model: str, dtype: str, capacity: int) -> tuple[LocalEngine, ChatFormat]:
+    import torch
+
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16")
+    from opd_env.formats import get_format
+    from opd_env.local_engine import LocalEngine
+    from opd_env.models import load_model
+
+    loaded = load_model(model, dtype=dtype)
+    chat = get_format(loaded.tokenizer)
+    return LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, capacity), chat
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+_STYLES = {"prompt": "dim", "scaffold": "dim", "text": "green", "thinking": "magenta", "tool_call": "yellow"}
+
+
+def _show(console: Console, trajectory: Trajectory, chat: ChatFormat) -> None:
+    """One episode as it stands in the token arrays, coloured by kind."""
+    from rich.text import Text
+
+    from opd_env.transcript import transcript
+
+    verdict = "[green]correct[/]" if trajectory.correct else f"[red]wrong[/] ({trajectory.grade_reason})"
+    console.rule(f"{trajectory.task} {trajectory.example_id} – {verdict}, {trajectory.stop_reason}")
+    shown = Text()
+    for block in transcript(trajectory, chat.decode):
+        for piece in block.pieces:
+            shown.append(piece.text, style=_STYLES.get(piece.kind, "cyan"))
+    console.print(shown)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "model"

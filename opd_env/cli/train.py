@@ -1,0 +1,43 @@
+"""``opd-env train`` and ``opd-env report``.
+
+Test it alone: ``pytest tests/core/test_cli.py``
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Carries out one of the two commands."""
+    return _report(arguments) if command == "report" else _train(arguments)
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from opd_env.trainer.config import load_config
+
+    config = load_config(arguments)
+    # torch is imported only now, so that a wrong setting is told at once
+    from rich.console import Console
+
+    from opd_env.cli.tables import before_after_table
+    from opd_env.trainer import OPDTrainer
+
+    trainer = OPDTrainer(config)
+    results = trainer.train()
+    if trainer.accelerator.is_main_process:
+        console = Console()
+        console.print(before_after_table(results))
+        console.print(f"report: {trainer.folder.path / 'report.html'}", soft_wrap=True)
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="opd-env report", description="Writes report.html of a run folder again.")
+    parser.add_argument("run", help="the run folder, such as runs/demo")
+    folder = parser.parse_args(list(arguments)).run
+    from opd_env.report import write_report
+
+    print(write_report(folder))
+    return 0

@@ -1,0 +1,145 @@
+"""The command line: what it prints, and one sentence for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opd_env.cli import main
+from opd_env.cli.main import COMMANDS
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one sentence on standard error with which these words are refused."""
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("opd-env: ")
+    assert "Traceback" not in line
+    return line
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'train'" in fails(capsys, "trian")
+
+
+MODELS = ("--student", "packaged:student", "--teacher", "packaged:teacher", "--task", "arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("train", *MODELS, "--divergance", "jsd"), "did you mean 'divergence'"),
+        (("train", *MODELS, "--divergence", "jds"), "did you mean 'jsd'"),
+        (("train", *MODELS, "--top_p", "0.95"), "off-policy"),
+        (("train", *MODELS[:-1], "arithmetik"), "did you mean 'arithmetic'"),
+        (("train", *MODELS, "--tools", "calculater"), "did you mean 'calculator'"),
+        (("train", *MODELS, "--steps", "many"), "steps"),
+        (("train", *MODELS, "--trackers", "wandbee"), "wandb"),
+        (("train", *MODELS[:1], "packaged:pupil", *MODELS[2:]), "packaged:student"),
+        (("train", "no_such_file.yaml"), "no_such_file.yaml"),
+        (("eval", "--model", "packaged:student"), "task must be set"),
+        (("eval", "--model", "packaged:student", "--task", "arithmetic", "--split", "exam"), "exam"),
+        (("eval", "--model", "packaged:student", "--task", "arithmetic", "--dtype", "float7"), "float32"),
+        (("tools", "calculater"), "did you mean 'calculator'"),
+        (("tools", "test", "calculator", "--example", "{"), "not JSON"),
+        (("tasks", "gsm8k", "--options", '{"path": "nowhere"}'), "nowhere"),
+        (("certify", "jds"), "did you mean 'jsd'"),
+        (("report", "no_such_run"), "no_such_run"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_says_what_to_do(
+    words: tuple[str, ...],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sentence in fails(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_row_names_file_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": 3}\n')
+    assert "train.jsonl" in fails(capsys, "tasks", "gsm8k", "--options", json.dumps({"path": str(tmp_path)}))
+
+
+def test_tools_and_tasks_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tools"]) == 0
+    assert "calculator" in capsys.readouterr().out
+    assert main(["tools", "calculator"]) == 0
+    assert json.loads(capsys.readouterr().out)["function"]["name"] == "calculator"
+    assert main(["tools", "test", "calculator", "--example", '{"expression": "6*7"}']) == 0
+    assert "42" in capsys.readouterr().out
+    assert main(["tasks"]) == 0
+    assert "gsm8k" in capsys.readouterr().out
+    assert main(["tasks", "arithmetic", "--count", "1"]) == 0
+    assert "How many" in capsys.readouterr().out
+
+
+def test_a_users_own_tool_and_task_are_found_by_imports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from opd_env import register_tool, tool\n"
+        "@register_tool\n@tool\ndef shout(text: str) -> str:\n"
+        '    """Writes louder.\n\n    Args:\n        text: what to write.\n    """\n'
+        "    return text.upper()\n"
+    )
+    assert main(["tools", "test", "shout", "--imports", str(file), "--example", '{"text": "a"}']) == 0
+    assert "A" in capsys.readouterr().out
+
+
+def test_doctor_tells_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "code sandbox" in shown
+    assert "packaged:student" in shown
+    assert "opd-env[wandb]" in shown or "extra wandb" in shown
+
+
+def test_eval_scores_a_packaged_model_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "eval",
+        "--model",
+        "packaged:teacher",
+        "--task",
+        "arithmetic",
+        "--problems",
+        "4",
+        "--output",
+        str(tmp_path),
+    ]
+    assert main(words) == 0
+    assert "accuracy" in capsys.readouterr().out
+    results = json.loads((tmp_path / "packaged_teacher" / "arithmetic" / "results.json").read_text())
+    assert results["evaluation"]["n"] == 4
+    assert main([*words[:-3], "6", *words[-2:]]) == 0
+    results = json.loads((tmp_path / "packaged_teacher" / "arithmetic" / "results.json").read_text())
+    assert results["evaluation"]["n"] == 6
+
+
+def test_rollout_shows_episodes_and_saves_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "episodes.parquet"
+    words = ["rollout", "--model", "packaged:teacher", "--task", "arithmetic", "--problems", "2", "--output", str(file)]
+    assert main(words) == 0
+    assert "<tool_call>" in capsys.readouterr().out
+    from opd_env.store import load_trajectories
+
+    assert len(load_trajectories(file)) == 2
