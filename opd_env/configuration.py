@@ -37,6 +37,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 Settings = TypeVar("Settings")
+Choice = TypeVar("Choice", bound=Enum)
 
 
 class ConfigError(ValueError):
@@ -90,10 +91,7 @@ def build(settings: type[Settings], values: Mapping[str, Any]) -> Settings:
         if nested is not None and value is not None and not isinstance(value, nested):
             value = build(nested, dict(value) if isinstance(value, Mapping) else vars(value))
         elif choices is not None and value is not None:
-            known = [str(member.value) for member in choices]
-            if str(value) not in known:
-                raise ConfigError(f"{name}={value!r} is unknown{_suggest(str(value), known)}")
-            value = choices(value)
+            value = choose(name, value, choices)
         elif isinstance(value, list):
             value = tuple(value)
         made[name] = value
@@ -107,6 +105,18 @@ def build(settings: type[Settings], values: Mapping[str, Any]) -> Settings:
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
+
+
+def choose(name: str, value: Any, choices: type[Choice]) -> Choice:
+    """The member of an enumeration that ``value`` names.
+
+    Raises:
+        ConfigError: no member has this value; the message lists or suggests one.
+    """
+    known = [str(member.value) for member in choices]
+    if str(value) not in known:
+        raise ConfigError(f"{name}={value!r} is unknown{_suggest(str(value), known)}")
+    return choices(value)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from opd_env.configuration import ConfigError, configure, fingerprint
+from opd_env.configuration import ConfigError, choose, configure, fingerprint
 from opd_env.limits import RolloutLimits
 from opd_env.trainer.modes import Estimator, Mode
 
@@ -192,6 +192,11 @@ class OPDConfig:
     """auto continues the run in the output folder; never removes it and starts anew."""
 
     def __post_init__(self) -> None:
+        for name, choices in (
+            ("mode", Mode), ("estimator", Estimator), ("ratio_policy", RatioPolicy), ("schedule", Schedule),
+            ("dtype", Precision), ("teacher_dtype", Precision), ("resume", Resume),
+        ):  # fmt: skip
+            object.__setattr__(self, name, choose(name, getattr(self, name), choices))
         for name in ("student", "teacher", "task", "split", "eval_split", "divergence", "output"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; set it")

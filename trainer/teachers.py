@@ -118,7 +118,7 @@ class LocalTeacher:
 
 def log_ratios(teacher: Teacher, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
     """Teacher minus student log-prob of every sampled token, by ``example_id/sample``, at most 99 either way."""
-    scores = teacher.score(trajectories).split([one.num_sampled for one in trajectories])
+    scores = torch.split(teacher.score(trajectories), [one.num_sampled for one in trajectories])
     return {
         f"{one.example_id}/{one.sample}": [
             round(max(-99.0, min(99.0, ours)), 4) for ours in (score_N.numpy() - one.logprobs[one.sampled]).tolist()

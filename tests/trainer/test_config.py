@@ -163,6 +163,15 @@ def test_settings_that_cannot_give_a_right_run_are_refused(change, expected):
     assert expected in str(caught.value)
 
 
+def test_choices_may_be_given_by_their_value_and_are_members_afterwards():
+    config = OPDConfig(**NAMES, estimator="sampled", mode="opd", resume="never")
+    assert config.estimator is Estimator.SAMPLED
+    assert config.mode is Mode.OPD
+    assert config.resume is Resume.NEVER
+    with pytest.raises(ConfigError, match="estimator='sampeld' is unknown; did you mean 'sampled'"):
+        OPDConfig(**NAMES, estimator="sampeld")
+
+
 def test_every_field_is_documented_and_appears_in_the_help(capsys):
     import docstring_parser
 
