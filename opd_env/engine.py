@@ -9,7 +9,7 @@ hand in more in between, so that a finished or waiting episode never holds the o
             ...
     engine.release(7)       # the episode is over: forget its KV cache
 
-Test it alone: ``pytest tests/core/test_engine.py``
+Test it alone: ``pytest tests/core/test_local_engine.py``
 """
 
 from __future__ import annotations

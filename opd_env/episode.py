@@ -3,7 +3,7 @@
 The only place where masks are made: every token enters as prompt, through ``sampled`` or through ``answered``, and
 what it is (``TokenKind``) is decided there.
 
-Test it alone: ``pytest tests/core/test_episode.py``
+Test it alone: ``pytest tests/core/test_rollouts.py``
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 itself: a web page that contains ``<|im_end|>`` stays text. ``TokenText.decode`` gives the text of any token
 sequence, and for any character range the tokens that cover it.
 
-Test it alone: ``pytest tests/core/test_token_text.py``
+Test it alone: ``pytest tests/core/test_formats.py``
 """
 
 from __future__ import annotations
