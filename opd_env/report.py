@@ -74,7 +74,7 @@ def _context(run: Run) -> dict[str, Any]:
         "by_token": run.decode is not None,
         "shaded": any(model.log_ratios for model in models),
         "versions": run.results.get("versions") or run.results.get("evaluation", {}).get("versions", {}),
-        "steps": len(run.metrics),
+        "steps": len({row.get("step") for row in run.metrics}),
     }
 
 
@@ -113,13 +113,15 @@ def _headline(models: Mapping[str, Model]) -> str:
 
 def _charts(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
     """Groups of charts: title, latest value and picture of every metric that was logged."""
-    steps = [_number(row.get("step", number)) for number, row in enumerate(run.metrics, start=1)]
+    step_of = [_number(row.get("step", number)) for number, row in enumerate(run.metrics, start=1)]
     logged = {name for row in run.metrics for name, value in row.items() if math.isfinite(_number(value))} - {"step"}
     unnamed = sorted(name for name in logged - set(CHARTS) if not name.startswith(("time/", "eval/")))
     groups: dict[str, list[dict[str, Any]]] = {group: [] for group in CHART_GROUPS}
     for name in [*(name for name in CHARTS if name in logged), *unnamed]:
         chart = CHARTS.get(name) or Chart(name, CHART_GROUPS[-1], percent=False, note="")
-        values = [_number(row.get(name)) for row in run.metrics]
+        # A line that lacks the metric is of something else (an evaluation); one that has null is a gap.
+        found = [(step, _number(row[name])) for step, row in zip(step_of, run.metrics, strict=True) if name in row]
+        steps, values = [step for step, _ in found], [value for _, value in found]
         series, reference = [Series("rollouts", steps, values)], None
         if chart.summary_field:
             series += _evaluation_dots(run, chart.summary_field)

@@ -199,6 +199,8 @@ def test_missing_and_odd_metrics_leave_gaps(run: Path) -> None:
         {"step": 1, "teacher/kl": 1.0, "note": "text", "my/metric": 3},
         {"step": 2, "teacher/kl": None, "train/loss": float("nan"), "flag": True},
         {"step": 3, "teacher/kl": 0.5},
+        {"step": 3, "eval/accuracy": 0.5},
+        {"step": 4, "teacher/kl": 0.4},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "tea')
     html, page = report(run)
@@ -206,7 +208,10 @@ def test_missing_and_odd_metrics_leave_gaps(run: Path) -> None:
     assert "my/metric" in page.text
     assert "Loss" not in page.text  # never a number
     assert "flag" not in page.text
-    assert len(read_metrics(run / "metrics.jsonl")) == 3
+    assert len(read_metrics(run / "metrics.jsonl")) == 5
+    chart = html.split("KL to the teacher")[1].split("</svg>")[0]
+    assert chart.count("<polyline") == 1  # steps 3 and 4; the evaluation between them is no gap
+    assert chart.count('class="line dot"') == 1  # step 1, before the gap
 
 
 @pytest.mark.parametrize(
