@@ -12,7 +12,8 @@ Worked example, a task of one's own in ten lines::
             return 100
 
         def example(self, index: int) -> Example:
-            return Example(id=str(index), messages=(user(f"What is {index} times 2?"),), answer=str(index * 2))
+            question = user(f"What is {index} times 2?")
+            return Example(id=str(index), messages=(question,), answer=str(index * 2))
 
         def grade(self, example, answer, turns=()):
             return grade_number(answer, example.answer)
@@ -25,6 +26,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opd_env.messages import Message
@@ -70,7 +72,7 @@ class Task(ABC, Sequence[Example]):
     version: ClassVar[str]
     """Changes whenever an example's text, answer or grade would."""
     tools: Sequence[str | Tool] = ()
-    """What the student may call unless the user says otherwise: registered names, or tools bound to this task."""
+    """What the student may call unless the user says otherwise: registered names, or the task's own tools."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     licence: ClassVar[str] = "Apache-2.0"
     redistributable: ClassVar[bool] = True
@@ -79,7 +81,9 @@ class Task(ABC, Sequence[Example]):
 
     def __init__(self, split: str = "train") -> None:
         if split not in self.splits:
-            raise ValueError(f"{type(self).__name__} has no split {split!r}; it has {', '.join(self.splits)}")
+            near = get_close_matches(split, self.splits, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"{type(self).__name__} has no split {split!r}{hint} It has: {', '.join(self.splits)}")
         self.split = split
 
     @property
@@ -116,9 +120,7 @@ class Task(ABC, Sequence[Example]):
         if isinstance(index, slice):
             return [self.example(i) for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(
-                f"{self.name or type(self).__name__} has {len(self)} examples, no number {index}"
-            )
+            raise IndexError(f"{self.name or type(self).__name__} has {len(self)} examples, no number {index}")
         return self.example(index % len(self))
 
     def __iter__(self) -> Iterator[Example]:

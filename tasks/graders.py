@@ -9,19 +9,20 @@ Worked example::
 
 Which number is *the* number:
 
-1. The number directly after the last marker: ``####``, ``\\boxed{`` or the word ``answer`` (``answer is``,
-   ``Answer:``, ``<answer>``). Only spaces, ``$``, brackets, quotes and Markdown may stand between, and the number
-   must not begin a sum (``Answer: 6 * 7 = 42``).
+1. The number directly after the last marker: ``####``, ``\\boxed{`` or the word ``answer``
+   (``answer is``, ``Answer:``, ``<answer>``). Only spaces, ``$``, brackets, quotes and Markdown may
+   stand between, and the number must not begin a sum (``Answer: 6 * 7 = 42``).
 2. Without one, the last number of the text.
 
-What a number is: digits, with commas between groups of three, a decimal part, an exponent, a fraction ``3/4`` or
-``\\frac{3}{4}``; a minus sign counts when it is not a subtraction (``10-3`` ends in 3). Currency signs, percent
-signs and units are not read: ``25%`` is 25. Digits glued to a word (``B12``, ``km2``) or an exponent (``km^2``) are
-no numbers. A fraction that divides out (``48/2``) is a sum left undone and is never right.
+What a number is: digits, with commas between groups of three, a decimal part, an exponent, a fraction
+``3/4`` or ``\\frac{3}{4}``; a minus sign counts when it is not a subtraction (``10-3`` ends in 3).
+Currency signs, percent signs and units are not read: ``25%`` is 25. Digits glued to a word (``B12``,
+``km2``) or an exponent (``km^2``) are no numbers. A fraction that divides out (``48/2``) is a division
+left undone and is never right: the student has to say 24.
 
-Values are compared as exact rationals: 18 equals 18.0, and 0.1 is one tenth. Any text is safe:
-the expressions are linear in its length, and a number of more than 100 characters or with an exponent of more than
-two digits is not evaluated.
+Values are compared as exact rationals: 18 equals 18.0, and 0.1 is one tenth. Any text is safe: the time
+is linear in its length, and a number of more than 100 characters or with an exponent of more than two
+digits is not evaluated.
 
 Test it alone: ``pytest tests/tasks/test_graders.py``
 """
@@ -29,6 +30,7 @@ Test it alone: ``pytest tests/tasks/test_graders.py``
 from __future__ import annotations
 
 import re
+from collections import deque
 from fractions import Fraction
 
 from opd_env.tasks.base import Grade
@@ -43,7 +45,7 @@ _DECIMAL = r"""
     ) (?:[eE][-+]?[0-9]++)?+
 """
 _NUMBER = rf"""
-    (?: (?<![A-Za-z0-9_.)}}%])[-+−]\$?+ )?+                # a sign, unless something stands before it to subtract from
+    (?: (?<![A-Za-z0-9_.)}}%])[-+−]\$?+ )?+     # a sign, unless it subtracts from what stands before
     (?: \\[dt]?frac\{{-?[0-9]++\}}\{{[0-9]++\}}
       | (?<![A-Za-z0-9^])(?<![A-Za-z0-9]_) {_DECIMAL} (?:/[0-9]++(?!\.[0-9]))?+
     )
@@ -52,10 +54,8 @@ _MARKER = r"(?: \#\#\#\# | \\boxed\s?\{ | \banswer(?:\s(?:is|was))? )"
 _BETWEEN = r"(?: [\s:=*_~(\"'`{>\[$€£¥] | \\[(\[$] ){0,16}+"
 _NOT_A_SUM = r"(?! \s{0,4} (?: [-+*/^×÷−x] | \\times | \\div ) \s{0,4} \$? [0-9(] )"
 
-_number = re.compile(_NUMBER, re.VERBOSE)
-_marked_number = re.compile(
-    rf"{_MARKER} {_BETWEEN} (?P<number>{_NUMBER}) {_NOT_A_SUM}", re.VERBOSE | re.IGNORECASE
-)
+_number = re.compile(rf"({_NUMBER})", re.VERBOSE)
+_marked_number = re.compile(rf"{_MARKER} {_BETWEEN} ({_NUMBER}) {_NOT_A_SUM}", re.VERBOSE | re.IGNORECASE)
 _fraction = re.compile(r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}")
 
 
@@ -64,14 +64,11 @@ def find_number(text: str) -> str | None:
 
     The rules are at the top of this module. Linear in the length of the text.
     """
-    found = None
-    for found in _marked_number.finditer(text):
-        pass
-    if found is not None:
-        return found.group("number")
-    for found in _number.finditer(text):
-        pass
-    return None if found is None else found.group()
+    for pattern in (_marked_number, _number):
+        last = deque(pattern.finditer(text), maxlen=1)
+        if last:
+            return last[0].group(1)
+    return None
 
 
 def number_value(number: str) -> Fraction | None:
@@ -98,11 +95,11 @@ def grade_number(answer: str | None, gold: str) -> Grade:
 
     Args:
         answer: the student's final message; None when there was none.
-        gold: a number in any of the notations of this module, such as ``"1,234.5"``, ``"3/4"`` or ``"#### 18"``.
+        gold: a number in any of this module's notations, such as ``"1,234.5"``, ``"3/4"`` or ``"#### 18"``.
 
     Returns:
-        A grade whose ``extracted`` is the number in one canonical notation (``1234.5``, ``1/3``), so that equal
-        answers are equal strings.
+        A grade whose ``extracted`` is the number in one canonical notation (``1234.5``, ``1/3``), so that
+        equal answers are equal strings.
 
     Raises:
         ValueError: ``gold`` holds no number that can be evaluated, which is a fault of the data.
@@ -129,9 +126,7 @@ def grade_number(answer: str | None, gold: str) -> Grade:
         return Grade(correct=False, extracted=number, reason=f"{number} is a division left undone")
     extracted = canonical(value)
     if value != expected:
-        return Grade(
-            correct=False, extracted=extracted, reason=f"read {extracted}, expected {canonical(expected)}"
-        )
+        return Grade(correct=False, extracted=extracted, reason=f"read {extracted}, expected {canonical(expected)}")
     return Grade(correct=True, extracted=extracted)
 
 

@@ -7,10 +7,10 @@ Worked example::
         def __init__(self, split: str = "train", size: int = 100) -> None: ...
 
     load_task("double", split="test", size=20)
-    load_task("duoble")     # ValueError: no task is named 'duoble'; did you mean 'double'? Tasks: …
+    load_task("duoble")     # ValueError: no task is named 'duoble'; did you mean 'double'? Known: …
 
-Another package adds a task through the entry-point group ``opd_env.tasks``, with the task's name on the left and
-its class (or a function that returns a Task) on the right. Its module is imported when it is asked for.
+Another package adds a task through the entry-point group ``opd_env.tasks``: the task's name, and its class
+or a function that returns a Task. Its module is imported when it is asked for.
 
 Test it alone: ``pytest tests/tasks/test_registry.py``
 """
@@ -30,7 +30,7 @@ from opd_env.tasks.base import Task
 ENTRY_POINT_GROUP = "opd_env.tasks"
 
 TaskFactory = Callable[..., Task]
-"""A Task class, or a function that returns a Task; its first parameter is ``split``, the others are options."""
+"""A Task class, or a function that returns a Task; it takes ``split``, and options of its own."""
 
 FactoryT = TypeVar("FactoryT", bound=TaskFactory)
 
@@ -58,10 +58,8 @@ def register_task(name: str) -> Callable[[FactoryT], FactoryT]:
     def register(factory: FactoryT) -> FactoryT:
         owner = _path_of(_registered[name]) if name in _registered else _BUILT_IN.get(name)
         if owner not in (None, _path_of(factory)):
-            raise ValueError(
-                f"the name {name!r} belongs to {owner}; register {_path_of(factory)} under another name"
-            )
-        if isinstance(factory, type):
+            raise ValueError(f"the name {name!r} belongs to {owner}; register {_path_of(factory)} under another name")
+        if isinstance(factory, type) and issubclass(factory, Task):
             factory.name = name
         _registered[name] = factory
         return factory
@@ -98,6 +96,8 @@ def load_task(name: str, split: str = "train", **options: Any) -> Task:
 
     Raises:
         ValueError: the name, the split or an option is unknown, or the task refuses an option's value.
+        TypeError: what is registered under the name makes something else than a task.
+        OSError: the task's data cannot be read.
     """
     factory = get_task(name)
     parameters = inspect.signature(factory).parameters
@@ -106,12 +106,17 @@ def load_task(name: str, split: str = "train", **options: Any) -> Task:
             if option not in parameters:
                 raise ValueError(unknown(f"option of task {name!r}", option, set(parameters) - {"split"}))
     task = factory(split=split, **options)
+    if not isinstance(task, Task):
+        raise TypeError(f"task {name!r} made a {type(task).__name__}, expected a Task")
     task.name = name
     return task
 
 
 def list_tasks() -> list[str]:
-    """Names of all tasks that can be loaded, sorted. A plug-in that cannot be imported is left out, with a warning."""
+    """Names of all tasks that can be loaded, sorted.
+
+    A plug-in that cannot be imported is left out, with a warning.
+    """
     names = {*_registered, *_BUILT_IN}
     for name, plugin in _plugins().items():
         try:
