@@ -79,15 +79,15 @@ def _power(log_u: Tensor, exponent: float) -> Tensor:
 
 
 def _log_mixture(log_u: Tensor, beta: float) -> Tensor:
-    """``ln(1 + β (u - 1))``: near u = 1 without cancellation, at a large u without overflow."""
-    near = torch.log1p(beta * torch.expm1(log_u.clamp(max=1)))
-    far = log_u + torch.log1p((1 - beta) * torch.expm1(-log_u.clamp(min=1)))
-    return torch.where(log_u > 1, far, near)
+    """``ln(1 + β (u - 1))``, for u > 1 as ``ln u + ln(1 + (1 - β) (1/u - 1))``, which cannot overflow."""
+    share = 0.5 + (0.5 - beta) * log_u.sign()  # β for u < 1, 1 - β for u > 1
+    return log_u.relu() + torch.log1p(share * torch.expm1(-log_u.abs()))
 
 
 def _times_u(log_u: Tensor, factor: Tensor) -> Tensor:
-    """``u * factor`` for a factor that grows more slowly than 1/u: 0 at u = 0."""
-    return torch.where(log_u == -math.inf, 0.0, log_u.exp() * factor)
+    """``u * factor`` for a factor that grows more slowly than 1/u: 0 at u = 0, not 0 * inf."""
+    largest = torch.finfo(factor.dtype).max
+    return log_u.exp() * factor.clamp(-largest, largest)
 
 
 def _sign(log_u: Tensor) -> Tensor:
@@ -172,8 +172,8 @@ def skew_jsd(beta: float = 0.5) -> Divergence:
         raise ValueError(f"skew_jsd: beta={beta} must lie strictly between 0 (no teacher) and 1 (no student)")
 
     def minus_f(log_u: Tensor) -> Tensor:
-        log_m_over_q = _log_mixture(-log_u, 1 - beta)
-        return beta * _times_u(log_u, log_m_over_q) + (1 - beta) * _log_mixture(log_u, beta)
+        log_m_over_p = _log_mixture(log_u, beta)
+        return beta * _times_u(log_u, log_m_over_p - log_u) + (1 - beta) * log_m_over_p
 
     return Divergence(
         f"skew_jsd({beta:g})",

@@ -186,42 +186,53 @@ def expected_update(
         # every divergence whose weight grows like u or slower, and for the others they stay finite.
         widest = math.log(torch.finfo(student_NB.dtype).max) / 2 - 1
         raised_NB = torch.maximum(student_NB, teacher_NB - widest)
-        log_u_NB = torch.where(raised_NB == -math.inf, 0.0, teacher_NB - raised_NB)
         probs_NB = raised_NB.exp()
-        kl_N = -_weighted_sum(probs_NB, log_u_NB)
+        log_u_NB = torch.where(probs_NB > 0, teacher_NB - raised_NB, 0.0)  # no outcome of both: counts for nothing
+        kl_N = -(probs_NB * log_u_NB).sum(1)
         if clip_log_ratio is not None:
             log_u_NB = log_u_NB.clamp(-clip_log_ratio, clip_log_ratio)
-        reward_NB = divergence.minus_f(log_u_NB)
-        divergence_N = -_weighted_sum(probs_NB, reward_NB)
-        weight_NB = divergence.centred_weight(log_u_NB)
-        baseline_N = _weighted_sum(probs_NB, weight_NB) + divergence.slope_at_one
+        reward_NB = probs_NB * divergence.minus_f(log_u_NB)
+        centred_NB = probs_NB * divergence.centred_weight(log_u_NB)
+        divergence_N = -reward_NB.sum(1)
+        baseline_N = centred_NB.sum(1) + divergence.slope_at_one
         if mode is Mode.OPD:
             weight_NB = reward_NB
         elif mode is Mode.OPD_PLUS:
-            weight_NB = weight_NB + divergence.slope_at_one
-        coefficient_NB = torch.where(probs_NB > 0, probs_NB * weight_NB, 0.0)
-        del raised_NB, log_u_NB, probs_NB, reward_NB, weight_NB
-    surrogate_N = -(coefficient_NB * torch.where(student_NB == -math.inf, 0.0, student_NB)).sum(1)
-    loss_N = divergence_N + (surrogate_N - surrogate_N.detach())
+            weight_NB = centred_NB + divergence.slope_at_one * probs_NB
+        else:
+            weight_NB = centred_NB
+    loss_N: Tensor = _WithGradient.apply(divergence_N, student_NB, -weight_NB)  # type: ignore[no-untyped-call]
     return loss_N, divergence_N, kl_N, baseline_N
 
 
+class _WithGradient(torch.autograd.Function):
+    """A known value whose gradient with respect to the log-probs is known too."""
+
+    @staticmethod
+    def forward(ctx: Any, value_N: Tensor, logprobs_NB: Tensor, gradient_NB: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient_NB)
+        return value_N.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream_N: Tensor) -> tuple[None, Tensor, None]:
+        (gradient_NB,) = ctx.saved_tensors
+        return None, upstream_N[:, None] * gradient_NB, None
+
+
 def in_chunks(score: Callable[..., Record], chunk_size: int, *rows: Tensor) -> Record:
-    """``score`` of a few positions at a time, results joined; logits are recomputed in the backward pass."""
-    parts = [
-        checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(*(torch.split(tensor, chunk_size) for tensor in rows), strict=True)
-    ]
+    """``score`` of a few positions at a time, results joined; logits are recomputed in the backward pass.
+
+    But for the last chunk: the backward pass begins with it, so that nothing is gained by dropping it.
+    """
+    chunks = list(zip(*(torch.split(tensor, chunk_size) for tensor in rows), strict=True))
+    parts = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks[:-1]]
+    parts.append(score(*chunks[-1]))
     joined: dict[str, Any] = {}
     for field in fields(parts[0]):
         column = [getattr(part, field.name) for part in parts]
         joined[field.name] = None if column[0] is None else torch.cat(column)
     record: Record = type(parts[0])(**joined)
     return record
-
-
-def _weighted_sum(probs_NB: Tensor, values_NB: Tensor) -> Tensor:
-    return torch.where(probs_NB > 0, probs_NB * values_NB, 0.0).sum(1)
 
 
 def log_softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
@@ -244,8 +255,9 @@ def _gather(logprobs_NV: Tensor, token_ids_N: Tensor) -> Tensor:
 
 def entropy(logprobs_NV: Tensor) -> Tensor:
     """Shannon entropy of each row in nats, detached."""
-    entropy_N: Tensor = torch.special.entr(logprobs_NV.detach().exp()).sum(1)
-    return entropy_N
+    with torch.no_grad():
+        lowest = torch.finfo(logprobs_NV.dtype).min  # 0 * -inf is no number, 0 * this is 0
+        return -(logprobs_NV.exp() * logprobs_NV.clamp(min=lowest)).sum(1)
 
 
 def check_rows(temperature: float, chunk_size: int, rows: dict[str, Tensor]) -> None:
