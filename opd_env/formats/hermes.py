@@ -1,4 +1,4 @@
-"""ChatML with Hermes tool calls: the packaged models, SmolLM2, Qwen 2.5 and 3, Hermes.
+"""ChatML with Hermes tool calls: the packaged models, SmolLM2, Qwen 2.5, Hermes.
 
 ::
 
