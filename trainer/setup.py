@@ -16,6 +16,7 @@ from opd_env.configuration import ConfigError, import_files
 from opd_env.formats import ChatFormat, get_format
 from opd_env.models import LoadedModel, load_model
 from opd_env.tasks import Task, load_task, require_trainable
+from opd_env.tools import Toolbox
 from opd_env.trainer.config import LoRASettings, OPDConfig
 from opd_env.trainer.demonstrations import DemonstrationFormat, TaskPrompts, play_demonstrations
 from opd_env.trainer.teachers import LocalTeacher, require_compatible
@@ -76,6 +77,7 @@ def make_parts(
     student = student or load_model(config.student, dtype=config.dtype, device=device)
     teacher = teacher or load_model(config.teacher, dtype=config.teacher_dtype, device=device)
     chat = get_format(student.tokenizer)
+    _require_room(task, chat, config)
     teacher_chat, prompt, extra = chat, None, 0
     if config.teacher_demonstrations:
         played = play_demonstrations(
@@ -101,6 +103,17 @@ def make_parts(
         teacher_chat=teacher_chat,
         teacher_extra_tokens=extra,
     )
+
+
+def _require_room(task: Task, chat: ChatFormat, config: OPDConfig) -> None:
+    """Refuses unknown tools, and prompts that leave no room for an answer."""
+    with Toolbox(task.tools if config.tools is None else config.tools) as toolbox:
+        length = len(chat.render_prompt(task[0].messages, toolbox.schemas))
+    if length >= config.limits.max_tokens:
+        raise ConfigError(
+            f"limits.max_tokens={config.limits.max_tokens} leaves no room for an answer: the first prompt of task "
+            f"{config.task} has {length} tokens"
+        )
 
 
 def make_accelerator(config: OPDConfig) -> Any:
