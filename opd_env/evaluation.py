@@ -162,6 +162,7 @@ def evaluate(
 def results_table(results: Sequence[EvaluationResult]) -> Table:
     """A table for the terminal: one line per metric that was observed."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
@@ -169,7 +170,7 @@ def results_table(results: Sequence[EvaluationResult]) -> Table:
         table.add_column(name, justify="right" if name in ("k", "Value", "n") else "left", no_wrap=name != "Task")
     for result in results:
         for number, row in enumerate(_rows(result)):
-            table.add_row(*row if number == 0 else ("", "", "", *row[3:]))
+            table.add_row(*(escape(cell) for cell in (row if number == 0 else ("", "", "", *row[3:]))))
         table.add_section()
     return table
 

@@ -59,6 +59,7 @@ def _context(run: Run) -> dict[str, Any]:
     blocks = [block for episode in episodes for _, _, played in episode["played"] for block in played]
     return {
         "name": run.name,
+        "label": models[-1].label if models else "",
         "config_text": run.config_text,
         "facts": _facts(run),
         "models": models,
@@ -83,7 +84,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     evaluation = run.results.get("evaluation", {})
     chosen = {**evaluation.get("settings", {}), **run.config}
     names = ("task", "model", "student", "teacher", "divergence", "mode", "estimator", "steps", "episodes_per_step")
-    facts = {name.replace("_", " "): chosen.get(name) for name in (*names, "learning_rate", "seed")}
+    facts = {name.replace("_", " "): chosen.get(name) for name in (*names, "learning_rate", "samples", "seed")}
     facts["config hash"] = run.results.get("config_hash")
     seconds = run.results.get("seconds", evaluation.get("seconds"))
     facts["time"] = None if seconds is None else _duration(seconds)

@@ -49,6 +49,8 @@ class Model:
     accuracy: Rate
     summary: Summary | None
     """None when ``results.json`` holds only the headline numbers."""
+    label: str
+    """The task and the tools that could be used; empty when it was not stored."""
     trajectories: Sequence[Trajectory]
     """Its episodes; empty when they were not stored."""
     log_ratios: Mapping[str, Sequence[float]]
@@ -164,6 +166,7 @@ def _model(folder: Path, key: str, results: Mapping[str, Any]) -> Model | None:
         title=MODELS[key],
         accuracy=accuracy,
         summary=Summary.from_json(entry) if set(entry) >= _SUMMARY else None,
+        label=str(read_json(place / "results.json").get("evaluation", {}).get("label", "")),
         trajectories=load_trajectories(files[0]) if files else (),
         log_ratios=read_json(place / "log_ratios.json"),
     )

@@ -92,7 +92,7 @@ def test_a_finished_run_shows_numbers_curves_and_episodes(run: Path) -> None:
     for words in (
         "Student before", "Student after", "Teacher", "do not overlap", "Problem by problem", "KL to the teacher",
         "Tool-call validity", "How episodes ended", "Level 3", "opd_plus_centred", "3f2a91c07be4", "config.yaml",
-        "Where the time went", "teacher/kl_tool_call",
+        "Where the time went", "teacher/kl_tool_call", "arithmetic (with tools: calculator)",
     ):  # fmt: skip
         assert words in page.text, words
     assert page.text.count("Ana has") >= 6
