@@ -158,7 +158,8 @@ def _model(folder: Path, key: str, results: Mapping[str, Any]) -> Model | None:
     entry = results.get(key)
     if not isinstance(entry, dict) or entry.get("accuracy") is None:
         return None
-    accuracy = Rate(entry["accuracy"], *entry["accuracy_ci"], entry["n"])
+    low, high = entry["accuracy_ci"]
+    accuracy = Rate(entry["accuracy"], low, high, entry["n"])
     place = folder if key == "evaluation" else folder / "evaluations" / key
     files = [place / name for name in ("trajectories.jsonl", "trajectories.parquet") if (place / name).exists()]
     return Model(
