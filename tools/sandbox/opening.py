@@ -11,10 +11,26 @@ Test it alone: ``pytest tests/tools/sandbox/test_sandbox_opening.py``
 from __future__ import annotations
 
 import difflib
+import logging
+import sys
 from enum import StrEnum
 
 from opd_env.tools.sandbox.base import Level, Limits, Sandbox, SandboxUnavailable
+from opd_env.tools.sandbox.selftest import self_test
+from opd_env.tools.sandbox.supervisor import NOBODY, SetUpFailed
 from opd_env.tools.sandbox.unsafe import UnsafeSubprocess
+
+_logger = logging.getLogger(__name__)
+
+_OPT_IN = 'For code that you trust, ask for kind="unsafe_subprocess" by name.'
+_FIXES = {
+    Level.NAMESPACES: (
+        "Namespaces need Linux 5.12 and user namespaces: see the sysctls user.max_user_namespaces, "
+        "kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns; in a container, "
+        "its seccomp and AppArmor profiles must allow unshare and mount."
+    ),
+    Level.LANDLOCK: "Landlock needs Linux 6.2, and `landlock` in the kernel's list of security modules (lsm=).",
+}
 
 
 class SandboxKind(StrEnum):
@@ -51,10 +67,45 @@ def open_sandbox(
     least = _choose("min_level", min_level, [str(Level.NAMESPACES), str(Level.LANDLOCK)])
     if choice == SandboxKind.UNSAFE_SUBPROCESS:
         return UnsafeSubprocess(limits)
+    if sys.platform != "linux":
+        raise SandboxUnavailable(
+            f"The kernel sandbox needs Linux; this is {sys.platform}.",
+            "Train in a Linux virtual machine or container. " + _OPT_IN,
+        )
+    if choice == SandboxKind.AUTO:
+        levels = [Level.NAMESPACES] if least == Level.NAMESPACES else [Level.NAMESPACES, Level.LANDLOCK]
+    else:
+        levels = [Level(choice)]
+    reasons = []
+    for level in levels:
+        try:
+            sandbox = _open_level(level, limits, slots)
+        except (SetUpFailed, NotImplementedError) as error:
+            reasons.append(f"{level}: {error}")
+        else:
+            _logger.info("code sandbox: level %s, self-test passed", level)
+            return sandbox
     raise SandboxUnavailable(
-        f"No kernel sandbox (wanted: {choice}, at least {least}) works here yet.",
-        'For code that you trust, ask for kind="unsafe_subprocess" by name.',
+        f"No kernel sandbox works here ({'; '.join(reasons)}).",
+        " ".join([*(_FIXES[level] for level in levels), _OPT_IN]),
     )
+
+
+def _open_level(level: Level, limits: Limits | None, slots: int | None) -> Sandbox:
+    """Opens one level and attacks it; it is not handed out if anything gets through."""
+    # Only here: it needs calls of the kernel that other systems do not have.
+    from opd_env.tools.sandbox.kernel_sandbox import KernelSandbox
+
+    sandbox = KernelSandbox(level, limits, slots)
+    try:
+        failures = self_test(sandbox, NOBODY)
+    except BaseException:
+        sandbox.close()
+        raise
+    if failures:
+        sandbox.close()
+        raise SetUpFailed(f"the self-test failed: {'; '.join(failures)}")
+    return sandbox
 
 
 def _choose(argument: str, value: str, known: list[str]) -> str:

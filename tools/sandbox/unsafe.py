@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -32,7 +31,7 @@ from pathlib import Path
 
 from opd_env.tools.sandbox.base import ExecResult, Level, Limits, Sandbox, Session, SessionEnded, Status
 from opd_env.tools.sandbox.boot import guest_command, guest_environment
-from opd_env.tools.sandbox.guest.runner import CELL_ERROR, CELL_EXIT, CELL_HEADER, CELL_REPLY
+from opd_env.tools.sandbox.cells import CellChannel
 from opd_env.tools.sandbox.output import OutputReader, check_code, check_files
 
 _logger = logging.getLogger(__name__)
@@ -167,11 +166,11 @@ class _UnsafeSession(Session):
         self._limits = limits
         self._stack = contextlib.ExitStack()
         folder = Path(self._stack.enter_context(_working_folder()))
-        self._channel, theirs = socket.socketpair()
-        self._stack.callback(self._channel.close)
+        ours, theirs = socket.socketpair()
         with theirs:
             self._process = _Process("session", theirs.fileno(), folder, seed, limits)
-        self._stack.callback(self._process.output.close)
+        self._cell_channel = CellChannel(ours, self._process.output)
+        self._stack.callback(self._cell_channel.close)
         self._stack.callback(self._process.kill)
         self._ends_at = time.monotonic() + limits.session_s
         self._cells = 0
@@ -189,52 +188,19 @@ class _UnsafeSession(Session):
                 raise SessionEnded("the session's process is gone, and its variables with it; open a new one")
             self._cells += 1
             start = time.monotonic()
-            status = self._run(source, start + self._limits.wall_s)
-            if status not in (Status.OK, Status.ERROR):
-                self._end()
+            status = self._cell_channel.run(self._cells, source, self._limits.wall_s, self._look)
+            if status not in (Status.OK, Status.ERROR) or self._cell_channel.exited:
+                self._alive = False
+                self._process.kill()
+            wall_ms = (time.monotonic() - start) * 1000
             self._process.output.drain()
             text, full = self._process.output.take()
-            if full and status in (Status.OK, Status.ERROR):
-                status = Status.OUTPUT_LIMIT
-                self._end()
-            return ExecResult(status, text, self._process.exit_code, full, 0.0, (time.monotonic() - start) * 1000, 0)
+            return ExecResult(status, text, self._process.exit_code, full, 0.0, wall_ms, 0)
 
-    def _run(self, source: bytes, deadline: float) -> Status:
-        message, reply = memoryview(CELL_HEADER.pack(len(source)) + source), b""
-        self._channel.setblocking(False)
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return Status.TIMEOUT
-            if self._process.output.full:
-                return Status.OUTPUT_LIMIT
-            writers = [self._channel.fileno()] if message else []
-            output = self._process.output
-            channel = self._channel.fileno()
-            readers = [channel] if output.ended else [channel, output.fileno()]
-            readable, writable, _ = select.select(readers, writers, [], left)
-            if writable:
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    message = message[self._channel.send(message) :]
-            if output.fileno() in readable:
-                output.read()
-            if channel in readable:
-                part = self._channel.recv(CELL_REPLY.size - len(reply))
-                reply += part
-                if not part:
-                    self._process.kill()
-                    return Status.CPU_LIMIT if self._process.exit_code == -signal.SIGXCPU else Status.KILLED
-                if len(reply) == CELL_REPLY.size:
-                    number, outcome = CELL_REPLY.unpack(reply)
-                    if number != self._cells:
-                        return Status.KILLED
-                    if outcome == CELL_EXIT:
-                        self._alive = False
-                    return Status.ERROR if outcome == CELL_ERROR else Status.OK
-
-    def _end(self) -> None:
-        self._alive = False
-        self._process.kill()
+    def _look(self) -> Status | None:
+        if self._process.poll() is None:
+            return None
+        return Status.CPU_LIMIT if self._process.exit_code == -signal.SIGXCPU else Status.KILLED
 
     def close(self) -> None:
         self._alive = False

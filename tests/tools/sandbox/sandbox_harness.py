@@ -1,0 +1,167 @@
+"""Runs the attacks of sandbox_attacks.py and says what was not held.
+
+Also a program: it runs all of them as the user that starts it, and prints the findings as JSON::
+
+    python tests/tools/sandbox/sandbox_harness.py namespaces landlock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sandbox_attacks import ATTACKS, PRELUDE, Attack
+
+from opd_env.tools.sandbox import ExecResult, Level, Limits, Status
+from opd_env.tools.sandbox.canaries import Canaries
+from opd_env.tools.sandbox.guest.syscall_table import AUDIT_ARCH
+from opd_env.tools.sandbox.kernel_sandbox import KernelSandbox
+from opd_env.tools.sandbox.supervisor import NOBODY
+
+MODES = ("one-shot", "session")
+_DIGEST = hashlib.sha256(b"-4e1b77c0a95d").hexdigest()[:16]
+
+
+class Harness:
+    """A sandbox with one slot, canaries, and a victim process of the user that the code runs as."""
+
+    def __init__(self, level: Level) -> None:
+        os.environ["OPD_ENV_CANARY"] = "in the environment"
+        self._stack = contextlib.ExitStack()
+        self.sandbox = self._stack.enter_context(KernelSandbox(level, slots=1))
+        self.canaries = self._stack.enter_context(Canaries(NOBODY))
+        user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+        self.victim = subprocess.Popen(["/bin/sleep", "3600"], start_new_session=True, **user)
+        self._stack.callback(self.victim.wait)
+        self._stack.callback(self.victim.kill)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.free_port = free.getsockname()[1]
+        self._health()
+        self._victim_before = self._victim_state()
+        self._descendants_before = len(descendants(os.getpid()))
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def run(self, attack: Attack, mode: str) -> list[str]:
+        """Runs one attack; returns what it achieved, in words."""
+        problems = []
+        result = self._call(self._filled(attack.code, attack.prelude), attack.limits, mode)
+        if result.status not in attack.ends:
+            problems.append(f"ended with {result.status}: {result.output[-300:]!r}")
+        problems += self._traces(result)
+        if attack.then:
+            result = self._call(self._filled(attack.then, False), attack.limits, mode)
+            if result.status not in attack.then_ends:
+                problems.append(f"then ended with {result.status}: {result.output[-300:]!r}")
+            if attack.then_prints and result.output != attack.then_prints:
+                problems.append(f"then printed {result.output[-300:]!r}")
+            problems += self._traces(result)
+        problems += self._health()
+        return problems
+
+    def _call(self, code: str, limits: Limits, mode: str) -> ExecResult:
+        if mode == "one-shot":
+            return self.sandbox.run(code, limits=limits)
+        with self.sandbox.session(limits=limits) as session:
+            return session.run(code)
+
+    def _filled(self, code: str, prelude: bool) -> str:
+        canaries = self.canaries
+        facts = (
+            canaries.secret, canaries.own, canaries.folder, canaries.writable, canaries.abstract, canaries.tcp_port,
+            canaries.udp_port, self.free_port, self.victim.pid, os.getpid(),
+            list(AUDIT_ARCH).index(platform.machine()),
+        )  # fmt: skip
+        text = PRELUDE.replace("@FACTS@", repr(facts)) + code if prelude else code
+        return text.replace("@DIGEST@", _DIGEST)
+
+    def _traces(self, result: ExecResult) -> list[str]:
+        problems = [f"canary touched: {what}" for what in self.canaries.touched()]
+        if "ESCAPED" in result.output or self.canaries.token in result.output.replace(self.canaries.abstract, ""):
+            problems.append(result.output[:500])
+        if result.status is Status.SANDBOX_ERROR:
+            problems.append("the sandbox failed")
+        if len(result.output) > 65_536:
+            problems.append(f"{len(result.output)} characters of output")
+        if (state := self._victim_state()) != self._victim_before:
+            problems.append(f"victim: {state} instead of {self._victim_before}")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self.free_port)) == 0:
+                problems.append("a port was opened")
+        for folder in ("/tmp", "/var/tmp", "/dev/shm", "/run", "/", os.path.expanduser("~")):
+            if os.path.lexists(f"{folder}/opd-env-attack"):
+                problems.append(f"a file was made in {folder}")
+        return problems
+
+    def _victim_state(self) -> tuple[object, ...]:
+        pid = self.victim.pid
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        return fields[0], os.getpriority(os.PRIO_PROCESS, pid), sorted(os.sched_getaffinity(pid)), limits
+
+    def _health(self) -> list[str]:
+        """A plain call and a plain session work, and nothing is left over."""
+        problems = []
+        result = self.sandbox.run("print(6 * 7)")
+        if (result.status, result.output) != (Status.OK, "42\n"):
+            problems.append(f"afterwards a call gave {result}")
+        with self.sandbox.session() as session:
+            result = session.run("6 * 7")
+            if (result.status, result.output) != (Status.OK, "42\n"):
+                problems.append(f"afterwards a session gave {result}")
+        if hasattr(self, "_descendants_before"):
+            deadline = time.monotonic() + 3
+            while len(left := descendants(os.getpid())) > self._descendants_before:
+                if time.monotonic() > deadline:
+                    problems.append(f"processes left over: {left}")
+                    break
+                time.sleep(0.02)
+        return problems
+
+
+def descendants(ancestor: int) -> list[str]:
+    """Names of all processes below one."""
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                text = Path(f"{entry.path}/stat").read_text()
+                names[int(entry.name)] = text[text.index("(") : text.rindex(")") + 1]
+                parents[int(entry.name)] = int(text.rsplit(")", 1)[1].split()[1])
+    found = []
+    for process in parents:
+        above = process
+        while above in parents and above != ancestor:
+            above = parents[above]
+        if above == ancestor and process != ancestor:
+            found.append(f"{process} {names[process]}")
+    return found
+
+
+def main(levels: list[str]) -> None:
+    """All attacks, in both modes, on the given levels."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    found: dict[str, list[str]] = {}
+    for level in levels:
+        harness = Harness(Level(level))
+        for mode in MODES:
+            for attack in ATTACKS:
+                found[f"{level}/{mode}/{attack.name}"] = harness.run(attack, mode)
+        harness.close()
+    print(json.dumps({"user": os.getuid(), "findings": found}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

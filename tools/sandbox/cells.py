@@ -1,0 +1,99 @@
+"""One cell of a session, seen from outside: sent, timed, and its answer read without trusting it.
+
+Test it alone: ``pytest tests/tools/sandbox/test_sandbox_sessions.py``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Callable
+
+from opd_env.tools.sandbox.base import Status
+from opd_env.tools.sandbox.guest.runner import CELL_ERROR, CELL_EXIT, CELL_HEADER, CELL_REPLY
+from opd_env.tools.sandbox.output import OutputReader
+
+_LOOK_EVERY_S = 0.1
+
+
+class CellChannel:
+    """The socket to a session's process, and the pipe that its output comes from.
+
+    Args:
+        channel: a stream socket, owned from now on.
+        reader: the output, owned from now on.
+    """
+
+    def __init__(self, channel: socket.socket, reader: OutputReader) -> None:
+        channel.setblocking(False)
+        self._channel = channel
+        self.reader = reader
+        self.exited = False
+        """The last cell asked for the process's end."""
+
+    def run(self, number: int, source: bytes, wall_s: float, look: Callable[[], Status | None]) -> Status:
+        """Runs a cell and says how it ended. After anything but OK or ERROR the process must be killed.
+
+        Args:
+            number: of the cell, counted from 1: an answer to another one is not believed.
+            source: the code.
+            wall_s: seconds until it times out.
+            look: called now and then: a status if the process must not go on.
+        """
+        if self._unasked():
+            return Status.KILLED
+        message, reply = memoryview(CELL_HEADER.pack(len(source)) + source), b""
+        deadline = time.monotonic() + wall_s
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN | select.POLLOUT)
+        if not self.reader.ended:
+            poll.register(self.reader, select.POLLIN)
+        while len(reply) < CELL_REPLY.size:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return Status.TIMEOUT
+            events = dict(poll.poll(min(left, _LOOK_EVERY_S) * 1000))
+            if self.reader.fileno() in events:
+                self.reader.read()
+                if self.reader.full:
+                    return Status.OUTPUT_LIMIT
+                if self.reader.ended:
+                    poll.unregister(self.reader)
+            event = events.get(self._channel.fileno(), 0)
+            if event & select.POLLOUT and message:
+                with contextlib.suppress(OSError):  # if it is gone, the read below says so
+                    message = message[self._channel.send(message) :]
+                if not message:
+                    poll.modify(self._channel, select.POLLIN)
+            if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                part = self._receive(CELL_REPLY.size - len(reply))
+                if not part:
+                    return look() or Status.KILLED
+                reply += part
+            elif (status := look()) is not None and not events:
+                return status
+        self.reader.drain()
+        got, outcome = CELL_REPLY.unpack(reply)
+        if got != number or message:
+            return Status.KILLED
+        if self.reader.full:
+            return Status.OUTPUT_LIMIT
+        self.exited = outcome == CELL_EXIT
+        return Status.ERROR if outcome == CELL_ERROR else Status.OK
+
+    def _unasked(self) -> bool:
+        """Whether the process has said something that nobody asked for, or has closed its end."""
+        return bool(select.select([self._channel], [], [], 0)[0])
+
+    def _receive(self, size: int) -> bytes:
+        try:
+            return self._channel.recv(size)
+        except OSError:
+            return b""
+
+    def close(self) -> None:
+        """Closes both."""
+        self._channel.close()
+        self.reader.close()

@@ -1,0 +1,112 @@
+"""The kernel sandbox: zygotes and slots behind the interface of :class:`Sandbox`.
+
+Worked example::
+
+    with KernelSandbox(Level.NAMESPACES) as sandbox:
+        sandbox.run("print(1 + 1)").output          # '2\n'
+
+Test it alone: ``pytest tests/tools/sandbox/test_sandbox_supervisor.py``
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+from opd_env.tools.sandbox.base import ExecResult, Level, Limits, Sandbox, Session, Status
+from opd_env.tools.sandbox.kernel_session import KernelSession
+from opd_env.tools.sandbox.modules import Tier, tier_of
+from opd_env.tools.sandbox.output import check_code, check_files
+from opd_env.tools.sandbox.pool import SlotPool
+from opd_env.tools.sandbox.supervisor import SetUpFailed
+from opd_env.tools.sandbox.turnstile import Turnstile
+
+_MAX_SESSIONS = 1024
+_MAX_WAITING = 10_000
+
+
+class KernelSandbox(Sandbox):
+    """Opened through ``open_sandbox``, which also tests that it holds.
+
+    Args:
+        level: ``namespaces`` or ``landlock``.
+        limits: default limits of a call.
+        slots: programs and cells that run at the same time; by default one per CPU.
+
+    Raises:
+        SetUpFailed: if the kernel refuses a step.
+    """
+
+    def __init__(self, level: Level, limits: Limits | None = None, slots: int | None = None) -> None:
+        self._limits = limits or Limits()
+        places = slots or os.cpu_count() or 1
+        self._turnstile = Turnstile(places, _MAX_WAITING)
+        self._pool = SlotPool(level)
+        self._sessions: set[KernelSession] = set()
+        self._lock = threading.Lock()
+        try:
+            self._pool.give_back(Tier.STDLIB, self._pool.take(Tier.STDLIB))
+        except SetUpFailed:
+            self._pool.close()
+            raise
+        self._threads = ThreadPoolExecutor(places, "sandbox")
+
+    @property
+    def level(self) -> Level:
+        """``namespaces`` or ``landlock``."""
+        return self._pool.level
+
+    def _executor(self) -> Executor:
+        return self._threads
+
+    def run(
+        self,
+        code: str,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+        seed: int = 0,
+    ) -> ExecResult:
+        """See :meth:`Sandbox.run`."""
+        limits = limits or self._limits
+        source = check_code(code, limits)
+        if files and self.level is Level.LANDLOCK:
+            raise ValueError("level landlock has no folder to put files into; they need level namespaces")
+        named = check_files(files)
+        tier = tier_of(code)
+        result = ExecResult(Status.SANDBOX_ERROR, "", None, False, 0.0, 0.0, 0)
+        with self._turnstile:
+            for _ in range(2):  # a failure of ours is tried once more, in another slot
+                try:
+                    slot = self._pool.take(tier)
+                except SetUpFailed:
+                    continue
+                try:
+                    result = slot.run(source, named, limits, seed)
+                finally:
+                    self._pool.give_back(tier, slot)
+                if result.status is not Status.SANDBOX_ERROR:
+                    break
+        return result
+
+    def session(self, *, limits: Limits | None = None, seed: int = 0) -> Session:
+        """See :meth:`Sandbox.session`."""
+        self._pool.check_open()
+        with self._lock:
+            self._sessions = {session for session in self._sessions if not session.closed}
+            if len(self._sessions) >= _MAX_SESSIONS:
+                raise RuntimeError(f"{_MAX_SESSIONS} sessions are open; close those that have ended")
+            session = KernelSession(self._pool, self._turnstile, limits or self._limits, seed)
+            self._sessions.add(session)
+        return session
+
+    def close(self) -> None:
+        """See :meth:`Sandbox.close`."""
+        with self._lock:
+            sessions, self._sessions = self._sessions, set()
+        for session in sessions:
+            session.close()
+        self._pool.close()
+        self._threads.shutdown()
