@@ -160,17 +160,22 @@ def evaluate(
 
 
 def results_table(results: Sequence[EvaluationResult]) -> Table:
-    """A table for the terminal: one line per metric that was observed."""
+    """A table for the terminal: a section per result, a line per metric that was observed."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD)
-    for name in _COLUMNS:
-        table.add_column(name, justify="right" if name in ("k", "Value", "n") else "left", no_wrap=name != "Task")
+    table.add_column("Metric", overflow="fold")
+    for name in ("Value", "95 % interval", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        for number, row in enumerate(_rows(result)):
-            table.add_row(*(escape(cell) for cell in (row if number == 0 else ("", "", "", *row[3:]))))
+        settings = result.settings
+        about = f"{settings['split']} split, version {settings['version']}, k = {settings['samples']}"
+        table.add_row(Text(f"{settings['model']} {result.label}".strip(), style="bold"))
+        table.add_row(Text(about, style="dim"))
+        for row in _rows(result):
+            table.add_row(*(Text(cell) for cell in row[4:]))
         table.add_section()
     return table
 
@@ -197,7 +202,7 @@ _BEHAVIOUR = (
     "tool_call_validity", "parse_rate", "name_rate", "argument_rate", "execution_rate", "called", "malformed",
     "abstained", "over_call", "under_call", "repeated", "recovery", "truncated",
 )  # fmt: skip
-_COLUMNS = ("Task", "Version", "k", "Metric", "Value", "95 % interval", "n")
+_COLUMNS = ("Model", "Task", "Version", "k", "Metric", "Value", "95 % interval", "n")
 
 
 def _rows(result: EvaluationResult) -> list[tuple[str, ...]]:
@@ -208,7 +213,7 @@ def _rows(result: EvaluationResult) -> list[tuple[str, ...]]:
     rates |= summary.scores
     rates |= {name: getattr(summary, name) for name in _BEHAVIOUR}
     settings = result.settings
-    head = (result.label, f"{settings['version']} {settings['split']}", str(settings["samples"]))
+    head = (settings["model"], result.label, f"{settings['version']} {settings['split']}", str(settings["samples"]))
     return [
         (*head, name, f"{100 * rate.value:.1f} %", f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]", str(rate.n))
         for name, rate in rates.items()

@@ -14,6 +14,7 @@ Test it alone: ``pytest tests/core/test_transcript.py``
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -173,7 +174,9 @@ def choose_examples(before: Mapping[str, bool], after: Mapping[str, bool], count
     change = {key: (before.get(key, correct), correct) for key, correct in after.items() if not before or key in before}
     # Half of the places go to what was learnt; a lost problem is always shown where there is one.
     order = [(False, True), (True, False), (False, True), (False, False), (False, True), (True, True)]
-    waiting = {kind: [key for key, value in change.items() if value == kind] for kind in set(order)}
+    # Neighbours resemble each other in many tasks; a hash of the id takes problems from everywhere.
+    mixed = sorted(change, key=lambda key: zlib.crc32(key.encode("utf-8", "replace")))
+    waiting = {kind: [key for key in mixed if change[key] == kind] for kind in set(order)}
     chosen: list[str] = []
     while len(chosen) < count and any(waiting.values()):
         for kind in order:

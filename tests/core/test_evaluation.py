@@ -134,7 +134,7 @@ def test_a_folder_holds_settings_episodes_and_results(tmp_path: Path) -> None:
     assert stored["settings"]["tools"] == ["calculator"]
     assert {"python", "numpy", "torch", "transformers"} <= set(stored["versions"])
     assert Summary.from_json(stored).accuracy == result.summary.accuracy
-    assert "| doubles (with tools: calculator) | 1 test | 1 | accuracy | 75.0 % | [46.8, 91.1] | 12 |" in (
+    assert "| tiny | doubles (with tools: calculator) | 1 test | 1 | accuracy | 75.0 % | [46.8, 91.1] | 12 |" in (
         (folder / "results.md").read_text()
     )
 
@@ -239,17 +239,25 @@ def test_a_folder_that_cannot_be_written_fails_before_anything_is_played(tmp_pat
 def test_the_terminal_table_shows_each_observed_metric_once() -> None:
     from rich.console import Console
 
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(results_table([run(), run(limit=3, samples=2, sampling=WARM)]))
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(results_table([run(model="tiny"), run(limit=3, samples=2, sampling=WARM)]))
     text = console.export_text()
-    assert text.count("doubles (with tools: calculator)") == 2
-    assert text.count("tool_call_validity") == 2
-    assert "75.0 %" in text
-    assert "[46.8, 91.1]" in text
-    assert "pass@2" in text
-    assert "over_call" not in text  # nothing was observed
-    observed = sum(line.split()[-1:] == ["12"] for line in text.splitlines())
-    assert results_markdown([run()]).count("\n") == observed + 2
+    lines = [line.split() for line in text.splitlines()]
+    assert "tiny doubles (with tools: calculator)" in text
+    assert "test split, version 1, k = 1" in text
+    assert "test split, version 1, k = 2" in text
+    assert ["accuracy", "75.0", "%", "[46.8,", "91.1]", "12"] in lines
+    assert sum(line[:1] == ["tool_call_validity"] for line in lines) == 2
+    assert sum(line[:1] == ["pass@2"] for line in lines) == 1
+    assert not any(line[:1] == ["over_call"] for line in lines)  # nothing was observed
+
+
+def test_the_markdown_table_has_the_same_lines() -> None:
+    observed = results_markdown([run(model="tiny")]).splitlines()
+    assert observed[0] == "| Model | Task | Version | k | Metric | Value | 95 % interval | n |"
+    label = "tiny | doubles (with tools: calculator)"
+    assert observed[2] == f"| {label} | 1 test | 1 | accuracy | 75.0 % | [46.8, 91.1] | 12 |"
+    assert not any("over_call" in line for line in observed)
 
 
 def test_a_sigkill_loses_no_finished_episode(tmp_path: Path) -> None:
