@@ -78,9 +78,9 @@ class KernelSandbox(Sandbox):
         tier = tier_of(code)
         result = ExecResult(Status.SANDBOX_ERROR, "", None, False, 0.0, 0.0, 0)
         with self._turnstile:
-            for _ in range(2):  # a failure of ours is tried once more, in another slot
+            for fresh in (False, True):  # a failure of ours is tried once more, in a new slot
                 try:
-                    slot = self._pool.take(tier)
+                    slot = self._pool.take(tier, fresh)
                 except SetUpFailed:
                     continue
                 try:

@@ -38,15 +38,15 @@ class SlotPool:
         if self._closed:
             raise RuntimeError("this sandbox is closed; open another one")
 
-    def take(self, tier: Tier) -> Slot:
-        """A free slot, or a new one.
+    def take(self, tier: Tier, fresh: bool = False) -> Slot:
+        """A free slot, or a new one; with ``fresh`` a new one in any case.
 
         Raises:
             SetUpFailed: if none can be made, even by a new zygote.
         """
         self.check_open()
         with self._lock:
-            if self._idle[tier]:
+            if self._idle[tier] and not fresh:
                 return self._idle[tier].pop()
         zygote = self._zygote(tier)
         try:

@@ -143,6 +143,7 @@ def _fresh_main() -> dict[str, object]:
     main.__dict__["__builtins__"] = __builtins__
     sys.modules["__main__"] = main
     sys.argv = ["main.py"]
+    sys.path.insert(0, "")  # modules that lie beside the program, in its working folder
     # Line-buffered: a program that is killed has shown what it printed, in order with its errors.
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115

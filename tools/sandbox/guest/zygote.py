@@ -30,6 +30,7 @@ from opd_env.tools.sandbox.guest import landlock, linux, protocol, seccomp, slot
 from opd_env.tools.sandbox.guest.slot import Surroundings
 
 _USER_INSIDE = 1000
+_ROOM_FOR_THREADS = 1000
 _MODULES = """
     abc argparse array ast asyncio base64 bisect calendar cmath collections.abc colorsys contextlib copy csv ctypes
     dataclasses datetime decimal difflib enum fractions functools hashlib heapq html inspect io itertools json
@@ -174,7 +175,8 @@ def _enter_landlock(settings: Settings, step: list[str]) -> int:
     step[0] = "find the interpreter's files"
     readable, listed = world.landlock_readable(packages)
     as_root = os.geteuid() == 0
-    threads = _threads_of(settings.user if as_root else os.geteuid())
+    # RLIMIT_NPROC counts all threads of the user, the trainer's own with them, which may grow in number.
+    threads = _threads_of(settings.user if as_root else os.geteuid()) + _ROOM_FOR_THREADS
     if as_root:
         # The interpreter may lie where only root can enter; where root may mount, that is mended.
         with contextlib.suppress(PermissionError):

@@ -1,0 +1,233 @@
+"""The trainer's side: shared between threads and tasks, repairs what dies, and leaves nothing behind."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sandbox_harness import descendants
+
+from opd_env.tools.sandbox import Limits, SandboxUnavailable, SessionEnded, Status, open_sandbox
+from opd_env.tools.sandbox.turnstile import Turnstile
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", params=["namespaces", "landlock"])
+def sandbox(request):
+    try:
+        with open_sandbox(request.param, slots=2) as sandbox:
+            yield sandbox
+    except SandboxUnavailable as error:
+        pytest.skip(error.reason)
+
+
+def eventually(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_threads_share_it_and_every_answer_goes_to_its_question(sandbox):
+    with ThreadPoolExecutor(8) as threads:
+        outputs = list(threads.map(lambda n: sandbox.run(f"print({n})").output, range(40)))
+    assert outputs == [f"{n}\n" for n in range(40)]
+
+
+def test_tasks_share_it_and_do_not_hold_the_event_loop(sandbox):
+    async def both():
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.01)
+                ticks += 1
+
+        ticker = asyncio.create_task(tick())
+        results = await asyncio.gather(*(sandbox.arun(f"import time; time.sleep(0.05); print({n})") for n in range(8)))
+        ticker.cancel()
+        return ticks, [result.output for result in results]
+
+    ticks, outputs = asyncio.run(both())
+    assert outputs == [f"{n}\n" for n in range(8)]
+    assert ticks >= 5
+
+
+def test_waiting_for_a_slot_does_not_count_as_running(sandbox):
+    code = "import time; time.sleep(0.3)"
+    with ThreadPoolExecutor(6) as threads:
+        results = list(threads.map(lambda _: sandbox.run(code, limits=Limits(wall_s=0.8)), range(6)))
+    assert [result.status for result in results] == [Status.OK] * 6
+
+
+def test_a_dead_slot_is_replaced(sandbox):
+    sandbox.run("print(1)")
+    pool = sandbox._pool
+    for slots in pool._idle.values():
+        for slot in slots:
+            signal.pidfd_send_signal(slot._handle, signal.SIGKILL)
+    assert sandbox.run("print(2)").output == "2\n"
+
+
+def test_a_dead_zygote_is_replaced(sandbox):
+    sandbox.run("print(1)")
+    for zygote in sandbox._pool._zygotes.values():
+        zygote._process.kill()
+    time.sleep(0.1)
+    assert sandbox.run("print(2)").output == "2\n"
+    with sandbox.session() as session:
+        assert session.run("3").output == "3\n"
+
+
+def test_a_slot_that_hangs_is_killed_and_the_call_is_tried_again(sandbox, monkeypatch):
+    monkeypatch.setattr("opd_env.tools.sandbox.supervisor.GRACE_S", 0.2)
+    sandbox.run("print(1)")
+    for slots in sandbox._pool._idle.values():
+        for slot in slots:
+            signal.pidfd_send_signal(slot._handle, signal.SIGSTOP)
+    assert sandbox.run("print(2)", limits=Limits(wall_s=0.3)).status is Status.OK
+
+
+def test_a_worn_slot_is_replaced(sandbox, monkeypatch):
+    monkeypatch.setattr("opd_env.tools.sandbox.pool._CALLS_PER_SLOT", 1)
+    before = descendants(os.getpid())
+    for n in range(5):
+        assert sandbox.run(f"print({n})").output == f"{n}\n"
+    assert eventually(lambda: len(descendants(os.getpid())) <= len(before))
+
+
+def test_nothing_grows_over_many_calls(sandbox):
+    """A short soak; the long one is ``python benchmarks/sandbox.py --soak 10000``."""
+
+    def measure():
+        own = Path("/proc/self/statm").read_text().split()[1]
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(descendants(os.getpid())), int(own)
+
+    codes = ["print(1)", "1/0", "import os; os._exit(3)", "open('x', 'w').write('y' * 1000)", "print('z' * 5000)"]
+    for n in range(20):
+        sandbox.run(codes[n % len(codes)])
+    before = measure()
+    for n in range(125):
+        assert sandbox.run(codes[n % len(codes)]).status in (Status.OK, Status.ERROR)
+    for _ in range(10):
+        with sandbox.session() as session:
+            session.run("x = [1] * 1000")
+    after = measure()
+    assert after[:2] == before[:2]
+    assert eventually(lambda: len(descendants(os.getpid())) <= before[2])
+    assert after[3] - before[3] < 2000  # pages
+
+
+def test_a_closed_sandbox_refuses_and_has_left_nothing(sandbox):
+    before = len(descendants(os.getpid())), len(os.listdir("/proc/self/fd"))
+    other = open_sandbox(sandbox.level, slots=1)
+    session = other.session()
+    session.run("1")
+    other.run("import numpy")
+    other.close()
+    other.close()
+    assert (len(descendants(os.getpid())), len(os.listdir("/proc/self/fd"))) == before
+    with pytest.raises(RuntimeError, match="closed"):
+        other.run("1")
+    with pytest.raises((RuntimeError, SessionEnded)):
+        session.run("1")
+
+
+def test_a_fork_of_the_trainer_is_told_to_open_its_own(sandbox):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            sandbox.run("print(1)")
+        except RuntimeError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    assert b"before a fork" in os.read(reading, 1000)
+    os.close(reading)
+    assert sandbox.run("print(1)").output == "1\n"
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_nothing_is_left_when_the_trainer_is_killed(level, tmp_path):
+    """Neither processes nor files, even while calls run, a session is frozen, and a fork of the trainer lives on."""
+    program = tmp_path / "trainer.py"
+    program.write_text(f"""
+import os, sys, threading, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from sandbox_harness import descendants
+from opd_env.tools.sandbox import open_sandbox, SandboxUnavailable
+try:
+    sandbox = open_sandbox({level!r}, slots=2)
+except SandboxUnavailable:
+    print("[]", flush=True)
+    sys.exit()
+session = sandbox.session()
+session.run("import threading\\ndef f():\\n  while True: pass\\nthreading.Thread(target=f).start()")
+threading.Thread(target=sandbox.run, args=("while True: pass",)).start()
+time.sleep(0.3)
+pids = [int(line.split()[0]) for line in descendants(os.getpid())]
+if os.fork() == 0:
+    time.sleep(3)   # a worker that holds copies of all descriptors
+    os._exit(0)
+import json
+print(json.dumps(pids), flush=True)
+time.sleep(60)
+""")
+    files_before = set(os.listdir("/tmp"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    trainer = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True, env=environment)
+    pids = json.loads(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    if not pids:
+        pytest.skip(f"{level} does not work here")
+    assert len(pids) >= 4
+
+    def alive(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        except OSError:
+            return False
+
+    assert eventually(lambda: not any(alive(pid) for pid in pids), 2.5), [pid for pid in pids if alive(pid)]
+    assert not [name for name in set(os.listdir("/tmp")) - files_before if name.startswith("opd-env-")]
+
+
+def test_the_turnstile_is_fair_and_its_queue_is_bounded():
+    turnstile = Turnstile(places=1, queue=3)
+    order = []
+
+    def enter(name):
+        with turnstile:
+            order.append(name)
+
+    threads = []
+    with turnstile:
+        for name in "abc":
+            threads.append(threading.Thread(target=enter, args=(name,)))
+            threads[-1].start()
+            assert eventually(lambda: len(turnstile._waiting) == len(threads))
+        with pytest.raises(RuntimeError, match="3 calls wait"):
+            enter("d")
+    for thread in threads:
+        thread.join()
+    assert order == ["a", "b", "c"]
+    enter("e")
+    assert order[-1] == "e"
