@@ -38,6 +38,7 @@ _BUILT_IN = {
     "arithmetic": "opd_env.tasks.arithmetic:Arithmetic",
     "country_search": "opd_env.tasks.country_search:CountrySearch",
     "gsm8k": "opd_env.tasks.gsm8k:GSM8K",
+    "math500": "opd_env.tasks.math500:Math500",
 }
 """Name to ``module:attribute``, so that listing the tasks imports none of them."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 
-def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
+def hub_rows(name: str, config: str | None, split: str) -> list[dict[str, Any]]:
     """All rows of one split of a data set on the hub, or of the copy that ``datasets`` has cached.
 
     Raises:

@@ -184,4 +184,4 @@ HOSTILE = {
 def test_a_megabyte_of_anything_is_read_in_linear_time(text):
     start = time.perf_counter()
     assert not grade_number(text, "42").correct
-    assert time.perf_counter() - start < 2.0
+    assert time.perf_counter() - start < 10.0, "a quadratic search would take hours"

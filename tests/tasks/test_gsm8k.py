@@ -84,7 +84,7 @@ def test_any_text_gets_three_scores(text):
 def test_a_megabyte_is_scored_in_linear_time(text):
     start = time.perf_counter()
     assert score_answer(text, GOLD) == (False, False, False)
-    assert time.perf_counter() - start < 2.0
+    assert time.perf_counter() - start < 10.0, "a quadratic search would take hours"
 
 
 def test_a_grade_holds_the_three_scores(folder):

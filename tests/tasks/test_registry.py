@@ -8,7 +8,7 @@ import pytest
 
 from opd_env.tasks import Example, Grade, Task, get_task, list_tasks, load_task, register_task, registry
 
-BUILT_IN = {"arithmetic", "country_search", "gsm8k"}
+BUILT_IN = {"arithmetic", "country_search", "gsm8k", "math500"}
 
 
 class Empty(Task):
@@ -77,7 +77,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
 
 def test_an_unknown_split_is_refused():
     register_task("empty")(Empty)
-    with pytest.raises(ValueError, match=r"no split 'validation'. It has: train, test"):
+    with pytest.raises(ValueError, match=r"no split 'validation'; it has train, test"):
         load_task("empty", split="validation")
 
 
