@@ -82,8 +82,9 @@ class Task(ABC, Sequence[Example]):
     def __init__(self, split: str = "train") -> None:
         if split not in self.splits:
             near = get_close_matches(split, self.splits, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"{type(self).__name__} has no split {split!r}{hint} It has: {', '.join(self.splits)}")
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            known = ", ".join(self.splits)
+            raise ValueError(f"{type(self).__name__} has no split {split!r}{hint}; it has {known}")
         self.split = split
 
     @property
