@@ -1,0 +1,85 @@
+"""Reads a run's first rollout by eye, and proves its numbers: every token's kind, log-probs and teacher score.
+
+The scores are computed anew by the slowest and plainest way, one forward pass over one whole row with all its
+logits. In the first step the student still has its initial weights, so three things can be checked: the log-probs
+that the sampler recorded, the teacher's scores as the trainer gets them, and the teacher KL that the trainer logged.
+
+Run it: ``python examples/inspect_rollout.py runs/smollm2_gsm8k 3`` (a run without sft_steps; 3 episodes are shown)
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from opd_env.store import load_trajectories
+from opd_env.trainer.config import load_config
+from opd_env.trainer.metrics import read_metrics
+from opd_env.trainer.setup import make_parts
+from opd_env.trajectory import TokenKind
+
+
+def main(run: Path, shown: int) -> None:
+    """Prints the teacher's prompt, then episodes token by token, then the three comparisons."""
+    config = load_config([str(run / "config.yaml")])
+    parts = make_parts(config, torch.device("cpu"))
+    chat, task = parts.chat, parts.task
+    trajectories = load_trajectories(run / "trajectories")[:]
+    trajectories = [one for one in trajectories if one.seed == config.seed * 1_000_003]  # of the first step
+    scores_N = parts.teacher.score(trajectories).numpy()
+    schemas = schemas_of(config, task)
+    examples = {example.id: example for example in task}
+
+    print(chat.decode(parts.teacher_chat.render_prompt(examples[trajectories[0].example_id].messages, schemas)))
+    sampler_gap, teacher_gap, kl, done = [], [], [], 0
+    for number, one in enumerate(trajectories):
+        ids = one.token_ids.tolist()
+        prompt = int((one.kind == TokenKind.PROMPT).sum())
+        teacher_prompt = parts.teacher_chat.render_prompt(examples[one.example_id].messages, schemas)
+        student_TV = logprobs(parts.student.model, ids, chat.vocab_size, config.temperature)
+        teacher_TV = logprobs(
+            parts.teacher.loaded.model, teacher_prompt + ids[prompt:], chat.vocab_size, config.temperature
+        )
+        if number < shown:
+            print(f"\n{one.task} {one.example_id}: {one.stop_reason}, extracted {one.extracted}, drift {one.drift}")
+            print(f"{'place':>5} {'kind':<12} {'student':>8} {'teacher':>8} {'log u':>7}  token")
+        for place in range(prompt, len(ids)):
+            kind = TokenKind(one.kind[place]).name.lower()
+            token = ascii(chat.decode([ids[place]]))
+            numbers = " " * 25
+            if one.sampled[place]:
+                # What predicts a token is the position before it, in each row.
+                student_V = student_TV[place - 1]
+                teacher_V = teacher_TV[place - 1 + len(teacher_prompt) - prompt]
+                sampler_gap.append(float(abs(student_V[ids[place]] - one.logprobs[place])))
+                teacher_gap.append(float(abs(teacher_V[ids[place]] - scores_N[done])))
+                kl.append(float((student_V.exp() * (student_V - teacher_V)).sum()))
+                log_ratio = scores_N[done] - one.logprobs[place]
+                numbers = f"{one.logprobs[place]:8.3f} {scores_N[done]:8.3f} {log_ratio:7.2f}"
+                done += 1
+            if number < shown:
+                print(f"{place:5} {kind:<12} {numbers}  {token}")
+
+    print(f"\n{len(trajectories)} episodes, {done} sampled tokens; largest differences from the plain computation:")
+    print(f"sampler's log-probs {max(sampler_gap):.2e}, teacher's scores {max(teacher_gap):.2e}")
+    logged = read_metrics(run / "metrics.jsonl")[0]["teacher/kl"]
+    print(f"teacher KL of step 1: logged {logged:.6f}, plain {np.mean(kl):.6f}")
+
+
+def schemas_of(config, task):
+    """Tool schemas as the student's prompt shows them."""
+    from opd_env.tools import Toolbox
+
+    with Toolbox(task.tools if config.tools is None else config.tools) as toolbox:
+        return toolbox.schemas
+
+
+@torch.no_grad()
+def logprobs(model, ids, vocab_size, temperature):
+    """Log-probs after every prefix of one row, shape ``[T, V]``."""
+    return torch.log_softmax(model(torch.tensor([ids])).logits[0, :, :vocab_size].float() / temperature, dim=-1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
