@@ -130,8 +130,8 @@ class OPDConfig:
     """Episodes of the same problem within a step, 1 or more; must divide episodes_per_step."""
     updates_per_step: int = 1
     """Optimiser updates per step, each on an equal share of the episodes; 1 or more."""
-    tokens_per_microbatch: int = 16384
-    """Padded tokens in one forward and backward pass, 1 or more; memory, not results, depends on it."""
+    tokens_per_microbatch: int = 8192
+    """Padded tokens in one forward and backward pass, 1 or more; memory and padding, not results, depend on it."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW, above 0."""
     weight_decay: float = 0.0

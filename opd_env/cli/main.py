@@ -30,6 +30,9 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. ``OPD_ENV_TRACEBACK=1`` shows where an error arose."""
+    # Threads that wait for one another must not spin: on a busy machine that makes small models slower a hundredfold.
+    # Read by OpenMP when torch is loaded, so it is set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
