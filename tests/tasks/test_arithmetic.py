@@ -71,9 +71,7 @@ def test_every_kind_takes_its_turn(problems):
 def test_the_question_shows_exactly_the_operands_that_no_step_computes(problems):
     for example in problems:
         numbers = re.findall(r"\d+", example.messages[0]["content"])
-        operands = [
-            number for expression, _ in example.metadata["steps"] for number in re.findall(r"\d+", expression)
-        ]
+        operands = [number for expression, _ in example.metadata["steps"] for number in re.findall(r"\d+", expression)]
         results = [result for _, result in example.metadata["steps"]]
         assert sorted(numbers) == sorted(set_aside(operands, results[:-1]))
         assert all(1 <= int(number) <= LARGEST for number in numbers + list(results))
