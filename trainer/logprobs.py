@@ -160,9 +160,10 @@ def full_divergence(
                 f"the student has {student_CV.shape[1]} logits, the teacher {teacher_CV.shape[1]}; where the "
                 "tokenizers are equal and only the padding differs, set vocab_size to the tokenizer's size"
             )
+        update = expected_update(student_CV, teacher_CV, divergence, mode, clip_log_ratio)
         chosen = [_gather(student_CV.detach(), ids_C) for ids_C in ids]
         return DivergenceScores(
-            *expected_update(student_CV, teacher_CV, divergence, mode, clip_log_ratio),
+            *update,
             entropy_N=entropy(student_CV),
             logprobs_N=chosen[0] if ids else None,
             log_ratio_N=_gather(teacher_CV, ids[0]) - chosen[0] if ids else None,
@@ -187,36 +188,38 @@ def expected_update(
         widest = math.log(torch.finfo(student_NB.dtype).max) / 2 - 1
         raised_NB = torch.maximum(student_NB, teacher_NB - widest)
         probs_NB = raised_NB.exp()
-        log_u_NB = torch.where(probs_NB > 0, teacher_NB - raised_NB, 0.0)  # no outcome of both: counts for nothing
-        kl_N = -(probs_NB * log_u_NB).sum(1)
-        if clip_log_ratio is not None:
-            log_u_NB = log_u_NB.clamp(-clip_log_ratio, clip_log_ratio)
-        reward_NB = probs_NB * divergence.minus_f(log_u_NB)
-        centred_NB = probs_NB * divergence.centred_weight(log_u_NB)
-        divergence_N = -reward_NB.sum(1)
-        baseline_N = centred_NB.sum(1) + divergence.slope_at_one
+        exact_NB = torch.where(probs_NB > 0, teacher_NB - raised_NB, 0.0)  # no outcome of both: counts for nothing
+        log_u_NB = exact_NB if clip_log_ratio is None else exact_NB.clamp(-clip_log_ratio, clip_log_ratio)
         if mode is Mode.OPD:
-            weight_NB = reward_NB
+            weight_NB = probs_NB * divergence.minus_f(log_u_NB)
         elif mode is Mode.OPD_PLUS:
-            weight_NB = centred_NB + divergence.slope_at_one * probs_NB
+            weight_NB = probs_NB * divergence.weight(log_u_NB)
         else:
-            weight_NB = centred_NB
-    loss_N: Tensor = _WithGradient.apply(divergence_N, student_NB, -weight_NB)  # type: ignore[no-untyped-call]
-    return loss_N, divergence_N, kl_N, baseline_N
+            weight_NB = probs_NB * divergence.centred_weight(log_u_NB)
+    nothing_N: Tensor = _GradientOnly.apply(student_NB, weight_NB)  # type: ignore[no-untyped-call]
+    # The recomputation for the backward pass ends here; what follows is computed once.
+    with torch.no_grad():
+        divergence_N = -(probs_NB * divergence.minus_f(log_u_NB)).sum(1)
+        kl_N = -(probs_NB * exact_NB).sum(1)
+        if mode is Mode.OPD:
+            baseline_N = (probs_NB * divergence.weight(log_u_NB)).sum(1)
+        else:
+            baseline_N = weight_NB.sum(1) + (0.0 if mode is Mode.OPD_PLUS else divergence.slope_at_one)
+    return divergence_N + nothing_N, divergence_N, kl_N, baseline_N
 
 
-class _WithGradient(torch.autograd.Function):
-    """A known value whose gradient with respect to the log-probs is known too."""
+class _GradientOnly(torch.autograd.Function):
+    """0 for each of N distributions, with the gradient ``-weight`` with respect to its log-probs."""
 
     @staticmethod
-    def forward(ctx: Any, value_N: Tensor, logprobs_NB: Tensor, gradient_NB: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient_NB)
-        return value_N.clone()
+    def forward(ctx: Any, logprobs_NB: Tensor, weight_NB: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_NB)
+        return logprobs_NB.new_zeros(len(logprobs_NB))
 
     @staticmethod
-    def backward(ctx: Any, upstream_N: Tensor) -> tuple[None, Tensor, None]:
-        (gradient_NB,) = ctx.saved_tensors
-        return None, upstream_N[:, None] * gradient_NB, None
+    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor, None]:
+        (weight_NB,) = ctx.saved_tensors
+        return -upstream_N[:, None] * weight_NB, None
 
 
 def in_chunks(score: Callable[..., Record], chunk_size: int, *rows: Tensor) -> Record:
@@ -242,7 +245,8 @@ def log_softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None) -
             raise ValueError(f"vocab_size={vocab_size}, but the model has only {logits_NV.shape[1]} logits")
         logits_NV = logits_NV[:, :vocab_size]
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    return torch.log_softmax(logits_NV.to(wide) / temperature, dim=1)
+    logits_NV = logits_NV.to(wide)
+    return torch.log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=1)
 
 
 def _gather(logprobs_NV: Tensor, token_ids_N: Tensor) -> Tensor:
