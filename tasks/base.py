@@ -99,6 +99,10 @@ class Task(ABC, Sequence[Example]):
     def example(self, index: int) -> Example:
         """The example at ``index``, which lies in ``range(len(self))``."""
 
+    def tools_of(self, example: Example) -> Sequence[str | Tool]:
+        """What the student may call on this example: ``tools``, unless each example brings its own."""
+        return self.tools
+
     @abstractmethod
     def grade(self, example: Example, answer: str | None, turns: Sequence[Message] = ()) -> Grade:
         """Judges the student's final answer.

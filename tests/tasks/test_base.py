@@ -54,6 +54,17 @@ def test_a_task_without_an_expert_says_none():
     assert task.expert(task[0]) is None
 
 
+def test_every_example_has_the_tools_of_the_task_unless_the_task_says_otherwise():
+    class OwnTools(Double):
+        tools = ("calculator",)
+
+        def tools_of(self, example):
+            return ("search",) if example.id == "3" else super().tools_of(example)
+
+    task = OwnTools()
+    assert [task.tools_of(example) for example in task[2:4]] == [("calculator",), ("search",)]
+
+
 def test_only_training_splits_may_be_trained_on():
     require_trainable(Double("train"))
     for split in ("validation", "test"):
