@@ -5,7 +5,7 @@ student's own turns, token for token. Demonstrations are expert episodes of the 
 tools::
 
     chat = DemonstrationFormat(get_format(tokenizer), play_demonstrations(task, get_format(tokenizer), count=2))
-    teacher = LocalTeacher(load_model("smollm2"), vocab_size=chat.vocab_size, prompt=TaskPrompts(task, chat))
+    teacher = LocalTeacher(load_model("smollm2"), vocab_size=chat.vocab_size, prompt=TaskPrompts([task], chat))
 
 Test it alone: ``pytest tests/trainer/test_demonstrations.py``
 """
@@ -13,6 +13,7 @@ Test it alone: ``pytest tests/trainer/test_demonstrations.py``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -124,28 +125,30 @@ class TaskPrompts:
     """The prompt of a trajectory as another chat format writes it: what a teacher reads instead of the student's.
 
     Args:
-        task: where the trajectories come from.
+        tasks: where the trajectories come from: the training task, and the one that is evaluated on.
         chat: writes the prompts.
-        tools: as for the rollouts; the task's own when None.
+        tools: as for the rollouts; the first task's own when None.
     """
 
-    def __init__(self, task: Task, chat: ChatFormat, tools: Sequence[str | Tool] | None = None) -> None:
-        self._task = task
+    def __init__(self, tasks: Sequence[Task], chat: ChatFormat, tools: Sequence[str | Tool] | None = None) -> None:
+        self._names = " and ".join(f"{task.name!r} ({task.split})" for task in tasks)
         self._chat = chat
-        with Toolbox(task.tools if tools is None else tools) as toolbox:
+        with Toolbox(tasks[0].tools if tools is None else tools) as toolbox:
             self._schemas = toolbox.schemas
-        self._known: dict[str, Example] = {}
-        self._rest: Iterator[Example] = iter(task)
+        # Two splits may use the same id for different questions.
+        self._known: dict[tuple[str, str], Example] = {}
+        self._rest: Iterator[Example] = chain.from_iterable(tasks)
 
     def __call__(self, trajectory: Trajectory) -> list[int]:
         """Token ids of the prompt.
 
         Raises:
-            ValueError: the trajectory is not of this task.
+            ValueError: the trajectory is not of these tasks.
         """
-        while trajectory.example_id not in self._known:
+        key = (trajectory.example_id, trajectory.question)
+        while key not in self._known:
             example = next(self._rest, None)
             if example is None:
-                raise ValueError(f"task {self._task.name!r} has no example {trajectory.example_id!r}")
-            self._known[example.id] = example
-        return self._chat.render_prompt(self._known[trajectory.example_id].messages, self._schemas)
+                raise ValueError(f"task {self._names} has no example {trajectory.example_id!r} with this question")
+            self._known[example.id, example.messages[-1]["content"]] = example
+        return self._chat.render_prompt(self._known[key].messages, self._schemas)

@@ -84,7 +84,7 @@ def make_parts(
             task, chat, count=config.teacher_demonstrations, tools=config.tools, seed=config.seed
         )
         teacher_chat = DemonstrationFormat(chat, played)
-        prompt, extra = TaskPrompts(task, teacher_chat, config.tools), teacher_chat.longest
+        prompt, extra = TaskPrompts([task, eval_task], teacher_chat, config.tools), teacher_chat.longest
     require_compatible(student, teacher, max_tokens=config.limits.max_tokens, teacher_extra_tokens=extra)
     if config.lora is not None:
         student = LoadedModel(_with_adapters(student.model, config.lora, config.seed), student.tokenizer, student.name)

@@ -28,6 +28,7 @@ from opd_env.rollouts import rollout
 from opd_env.tasks import Task, load_task
 from opd_env.tools import Tool, tool
 from opd_env.trainer.demonstrations import DemonstrationFormat, play_demonstrations
+from opd_env.trainer.teachers import LocalTeacher
 from opd_env.trajectory import StopReason, TokenKind, Trajectory
 
 pytestmark = pytest.mark.skipif(
@@ -234,10 +235,7 @@ def test_demonstrations_are_the_template_of_the_whole_conversation() -> None:
 
 
 @pytest.mark.slow
-def test_engine_and_teacher_agree_with_plain_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from opd_env.trainer.teachers import LocalTeacher
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_engine_and_teacher_agree_with_plain_forward_passes() -> None:
     loaded = load_model("smollm2")
     prefixes = [chat().render_prompt([user(text)]) for text in ("What is 6 * 7?", "Name a colour of the sky.")]
     engine = LocalEngine(loaded.model, chat().stop_token_ids, chat().vocab_size)
