@@ -228,7 +228,7 @@ def _output_pipe(limits: Limits) -> tuple[OutputReader, int]:
 
 def session_request(limits: Limits, seed: int) -> Request:
     """The request that starts a session: its CPU limit is that of all cells together."""
-    everything = dataclasses.replace(limits, cpu_s=limits.cpu_s * limits.session_cells)
+    everything = dataclasses.replace(limits, cpu_s=min(limits.cpu_s * limits.session_cells, 2**31))
     return _request(protocol.SESSION, everything, seed)
 
 

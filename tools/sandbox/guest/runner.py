@@ -8,6 +8,7 @@ Test it alone: ``pytest tests/tools/sandbox/test_sandbox_python.py``
 
 from __future__ import annotations
 
+import _thread
 import ast
 import atexit
 import linecache
@@ -27,34 +28,65 @@ CELL_REPLY = struct.Struct("<IB")
 CELL_OK, CELL_ERROR, CELL_EXIT = range(3)
 
 
-def run_program(code: str, seed: int, before_code: Callable[[], None]) -> int:
+def prepare() -> dict[str, object]:
+    """Makes a fresh ``__main__``, its streams, and the random state of seed 0; returns its namespace.
+
+    Apart from :func:`run_program`, so that it can be done once, before a fork: what a new process does
+    itself costs it copies of the memory pages that it touches, and these are most of what a call costs.
+    """
+    main = types.ModuleType("__main__")
+    main.__dict__["__builtins__"] = __builtins__
+    sys.modules["__main__"] = main
+    sys.argv = ["main.py"]
+    sys.path.insert(0, "")  # modules that lie beside the program, in its working folder
+    # Line-buffered: a program that is killed has shown what it printed, in order with its errors.
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.__stdout__, sys.__stderr__, sys.__stdin__ = sys.stdout, sys.stderr, sys.stdin  # type: ignore[misc]
+    _seed(0)
+    return main.__dict__
+
+
+def warm_up() -> None:
+    """Runs what every program runs, so that the interpreter has specialised it before the fork."""
+    for _ in range(10):
+        _execute("x = 1\nprint(x + 1)", "main.py", {"__builtins__": __builtins__}, False)
+        _flush()
+    linecache.clearcache()
+
+
+def run_program(code: str, seed: int, namespace: dict[str, object], before_code: Callable[[], None]) -> int:
     """Runs ``code`` as ``__main__`` and returns its exit code.
 
     Args:
         code: the program.
         seed: for ``random`` and numpy.
+        namespace: from :func:`prepare`.
         before_code: what closes the last doors; called when everything that needs them is done.
     """
-    namespace = _fresh_main()
-    _seed(seed)
+    exit_functions = atexit._ncallbacks()
+    if seed:
+        _seed(seed)
     before_code()
     exit_code = _exit_code_of(_execute, code, "main.py", namespace, False)
-    return _finish(exit_code)
+    return _finish(exit_code, exit_functions)
 
 
-def run_cells(channel: int, seed: int, before_code: Callable[[], None]) -> int:
+def run_cells(channel: int, seed: int, namespace: dict[str, object], before_code: Callable[[], None]) -> int:
     """Runs the cells that arrive on the descriptor ``channel`` until it is closed; returns the exit code."""
-    namespace = _fresh_main()
-    _seed(seed)
+    exit_functions = atexit._ncallbacks()
+    if seed:
+        _seed(seed)
     before_code()
     number = 0
     while True:
         header = _read_exactly(channel, CELL_HEADER.size)
         if header is None:
-            return _finish(0)
+            return _finish(0, exit_functions)
         code = _read_exactly(channel, CELL_HEADER.unpack(header)[0])
         if code is None:
-            return _finish(0)
+            return _finish(0, exit_functions)
         number += 1
         exits = False
         try:
@@ -69,7 +101,7 @@ def run_cells(channel: int, seed: int, before_code: Callable[[], None]) -> int:
         _flush()
         os.write(channel, CELL_REPLY.pack(number, outcome))
         if exits:
-            return _finish(exit_code)
+            return _finish(exit_code, exit_functions)
 
 
 def _execute(code: str, name: str, namespace: dict[str, object], echo: bool) -> None:
@@ -127,29 +159,23 @@ def _flush() -> None:
             continue  # the code closed or replaced it: there is nothing to flush
 
 
-def _finish(exit_code: int) -> int:
-    """What the interpreter does at its end: waits for threads, runs atexit, flushes."""
+def _finish(exit_code: int, exit_functions: int) -> int:
+    """What the interpreter does at its end, where there is something to do: threads, atexit, flushing.
+
+    Args:
+        exit_code: is returned.
+        exit_functions: how many functions atexit had before the code ran: those of modules that it shares.
+    """
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
+        if _thread._count():
+            threading._shutdown()  # type: ignore[attr-defined]
+        logging = sys.modules.get("logging")
+        if atexit._ncallbacks() > exit_functions or (logging is not None and logging._handlerList):
+            atexit._run_exitfuncs()
     except BaseException as error:
         _report(error)
     _flush()
     return exit_code
-
-
-def _fresh_main() -> dict[str, object]:
-    main = types.ModuleType("__main__")
-    main.__dict__["__builtins__"] = __builtins__
-    sys.modules["__main__"] = main
-    sys.argv = ["main.py"]
-    sys.path.insert(0, "")  # modules that lie beside the program, in its working folder
-    # Line-buffered: a program that is killed has shown what it printed, in order with its errors.
-    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.__stdout__, sys.__stderr__, sys.__stdin__ = sys.stdout, sys.stderr, sys.stdin  # type: ignore[misc]
-    return main.__dict__
 
 
 def _seed(seed: int) -> None:

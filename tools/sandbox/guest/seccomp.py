@@ -210,6 +210,26 @@ def _program_filter() -> bytes:
 def install(program: bytes) -> None:
     """Puts a filter on this process, for good. Needs :func:`~linux.no_new_privileges` first."""
     buffer = ctypes.create_string_buffer(program, len(program))
-    # struct sock_fprog: the number of instructions, and where they are.
-    header = struct.pack("<HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    syscall("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0)
+    syscall("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _filter_header(buffer), 0, 0)
+
+
+class ProgramFilter:
+    """:func:`program_filter`, assembled before the fork: installing it then touches little memory."""
+
+    def __init__(self) -> None:
+        program = _program_filter()
+        marker = struct.pack("<I", _SOME_PROCESS)
+        self._positions = [at for at in range(0, len(program), 4) if program[at : at + 4] == marker]
+        self._buffer = ctypes.create_string_buffer(program, len(program))
+        self._header = _filter_header(self._buffer)
+
+    def install(self, process: int) -> None:
+        """Puts the filter on this process, whose number is ``process``."""
+        for position in self._positions:
+            struct.pack_into("<I", self._buffer, position, process)
+        syscall("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._header, 0, 0)
+
+
+def _filter_header(program: ctypes.Array[ctypes.c_char]) -> bytes:
+    """struct sock_fprog: the number of instructions, and where they are."""
+    return struct.pack("<HxxxxxxQ", len(program) // 8, ctypes.addressof(program))

@@ -38,10 +38,16 @@ class Surroundings:
     """Threads that count against the limit although they are not the call's."""
     null: int
     """Descriptor of /dev/null."""
+    namespace: dict[str, object]
+    """Of the programs' ``__main__``, from ``runner.prepare``."""
 
 
 def serve(channel: socket.socket, here: Surroundings) -> NoReturn:
     """Answers requests until the supervisor closes the channel."""
+    # One byte that a new process sets when it is set up; it unmaps it before the code runs.
+    set_up = mmap.mmap(-1, mmap.PAGESIZE)
+    last_filter = seccomp.ProgramFilter()
+    _limit_for_good()
     channel.send(protocol.READY)
     while True:
         message, descriptors, _, _ = socket.recv_fds(channel, Request.size, 3)
@@ -49,18 +55,26 @@ def serve(channel: socket.socket, here: Surroundings) -> NoReturn:
             os._exit(0)
         if message == protocol.KILL:
             continue  # it came too late: what it was for has ended
-        report = _run(channel, Request.unpack(message), descriptors, here)
+        set_up[0] = 0
+        request = Request.unpack(message)
+        child = linux.bare_fork()
+        if child == 0:
+            _be_child(request, descriptors, set_up, last_filter, here)
+        report = _attend(channel, child, request, descriptors, set_up, here)
         channel.send(report.pack())
         if not report.clean:
             os._exit(1)
 
 
-def _run(channel: socket.socket, request: Request, descriptors: list[int], here: Surroundings) -> Report:
-    # One byte that the new process sets when it is set up, and unmaps before the code runs.
-    set_up = mmap.mmap(-1, mmap.PAGESIZE)
-    child = os.fork()
-    if child == 0:
-        _be_child(request, descriptors, set_up, here)
+def _attend(
+    channel: socket.socket,
+    child: int,
+    request: Request,
+    descriptors: list[int],
+    set_up: mmap.mmap,
+    here: Surroundings,
+) -> Report:
+    """Waits for the end of a process, ends it if need be, and tells what the kernel says of it."""
     for descriptor in descriptors:
         os.close(descriptor)
     handle = os.pidfd_open(child)
@@ -69,7 +83,7 @@ def _run(channel: socket.socket, request: Request, descriptors: list[int], here:
     timed_out = _wait(channel, child, handle, request)
     os.close(handle)
     _, wait_status, usage = os.wait4(child, 0)
-    report = Report(
+    return Report(
         set_up=set_up[0] == 1,
         timed_out=timed_out,
         clean=not here.own_namespaces or _clean(),
@@ -77,8 +91,6 @@ def _run(channel: socket.socket, request: Request, descriptors: list[int], here:
         cpu_us=round((usage.ru_utime + usage.ru_stime) * 1e6),
         max_rss_kb=usage.ru_maxrss,
     )
-    set_up.close()
-    return report
 
 
 def _wait(channel: socket.socket, process: int, handle: int, request: Request) -> bool:
@@ -144,7 +156,13 @@ def _empty(folder: str) -> None:
             os.rmdir(path)
 
 
-def _be_child(request: Request, descriptors: list[int], set_up: mmap.mmap, here: Surroundings) -> NoReturn:
+def _be_child(
+    request: Request,
+    descriptors: list[int],
+    set_up: mmap.mmap,
+    last_filter: seccomp.ProgramFilter,
+    here: Surroundings,
+) -> NoReturn:
     """The process that runs the code. Whatever fails, it ends here and never returns to the slot's loop."""
     try:
         source, output, *files = descriptors
@@ -169,16 +187,15 @@ def _be_child(request: Request, descriptors: list[int], set_up: mmap.mmap, here:
             os.close(3)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _limit(request, here)
-        last_filter = seccomp.program_filter(os.getpid())
 
         def before_code() -> None:
             set_up[0] = 1
             set_up.close()
-            seccomp.install(last_filter)
+            last_filter.install(os.getpid())
 
         if request.kind == protocol.PROGRAM:
-            os._exit(runner.run_program(code, request.seed, before_code))
-        os._exit(runner.run_cells(3, request.seed, before_code))
+            os._exit(runner.run_program(code, request.seed, here.namespace, before_code))
+        os._exit(runner.run_cells(3, request.seed, here.namespace, before_code))
     finally:
         os._exit(70)
 
@@ -190,17 +207,22 @@ def _read_all(descriptor: int) -> bytes:
 
 def _limit(request: Request, here: Surroundings) -> None:
     space = here.base_bytes + request.memory_bytes
-    for kind, soft, hard in (
-        (resource.RLIMIT_AS, space, space),
-        # One second to notice SIGXCPU, then SIGKILL.
-        (resource.RLIMIT_CPU, request.cpu_s, request.cpu_s + 1),
-        (resource.RLIMIT_FSIZE, FILE_BYTES, FILE_BYTES),
-        (resource.RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS),
-        (resource.RLIMIT_NPROC, here.base_threads + request.threads, here.base_threads + request.threads),
-        (resource.RLIMIT_STACK, STACK_BYTES, STACK_BYTES),
-        (resource.RLIMIT_CORE, 0, 0),
-        (resource.RLIMIT_MEMLOCK, 0, 0),
-        (resource.RLIMIT_MSGQUEUE, 0, 0),
-        (resource.RLIMIT_SIGPENDING, 64, 64),
+    threads = here.base_threads + request.threads
+    resource.setrlimit(resource.RLIMIT_AS, (space, space))
+    # One second to notice SIGXCPU, then SIGKILL.
+    resource.setrlimit(resource.RLIMIT_CPU, (request.cpu_s, request.cpu_s + 1))
+    resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+
+
+def _limit_for_good() -> None:
+    """Limits that are the same for all, and that the slot itself can live with."""
+    for kind, limit in (
+        (resource.RLIMIT_FSIZE, FILE_BYTES),
+        (resource.RLIMIT_STACK, STACK_BYTES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 64),
     ):
-        resource.setrlimit(kind, (soft, hard))
+        resource.setrlimit(kind, (limit, limit))

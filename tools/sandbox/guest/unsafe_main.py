@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes, mapped + memory_bytes))
 
     if kind == "session":
-        os._exit(runner.run_cells(descriptor, seed, limit))
+        os._exit(runner.run_cells(descriptor, seed, runner.prepare(), limit))
     with os.fdopen(descriptor, "rb") as file:
         code = file.read().decode("utf-8", "surrogatepass")
-    os._exit(runner.run_program(code, seed, limit))
+    os._exit(runner.run_program(code, seed, runner.prepare(), limit))

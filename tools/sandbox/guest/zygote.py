@@ -26,7 +26,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import NoReturn
 
-from opd_env.tools.sandbox.guest import landlock, linux, protocol, seccomp, slot, world
+from opd_env.tools.sandbox.guest import landlock, linux, protocol, runner, seccomp, slot, world
 from opd_env.tools.sandbox.guest.slot import Surroundings
 
 _USER_INSIDE = 1000
@@ -98,11 +98,13 @@ def main(arguments: list[str]) -> NoReturn:
     except BaseException as error:
         control.send(protocol.FAILED + f"{step[0]}: {error or type(error).__name__}".encode()[:4000])
         os._exit(1)
+    runner.warm_up()
+    namespace = runner.prepare()
     gc.collect()
     gc.freeze()
     control.send(protocol.READY)
     null = os.open("/dev/null", os.O_RDWR)
-    _serve(control, parent, proc, Surroundings(proc >= 0, base_bytes, base_threads, null))
+    _serve(control, parent, proc, Surroundings(proc >= 0, base_bytes, base_threads, null, namespace))
 
 
 def _import(settings: Settings) -> None:
