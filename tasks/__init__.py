@@ -5,8 +5,8 @@ Worked example::
     from opd_env.tasks import grade_number, list_tasks, load_task
 
     list_tasks()                                  # ['arithmetic', 'country_search', 'gsm8k', …]
-    task = load_task("country_search", split="test", size=20)
-    task[0].messages[-1]["content"]               # 'What is the combined land area of …'
+    task = load_task("country_search", split="test", levels=[2])
+    task[0].messages[-1]["content"]               # 'How many more people live in Elimand than in …?'
     grade_number("So the answer is 1,234.", "1234").correct   # True
 
 Importing this package is cheap: no task's module, no data set and no model library is loaded before

@@ -68,7 +68,7 @@ class Task(ABC, Sequence[Example]):
     """Examples of one split, and how to grade an answer to them."""
 
     name: str = ""
-    """Set by ``register_task``."""
+    """The name that it is registered under."""
     version: ClassVar[str]
     """Changes whenever an example's text, answer or grade would."""
     tools: Sequence[str | Tool] = ()

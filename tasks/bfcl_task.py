@@ -73,7 +73,7 @@ class BFCL(Task):
         if category not in CATEGORIES:
             raise ValueError(unknown("category", category, CATEGORIES))
         self.category = category
-        folder = Path(path) if path is not None else _installed_data()
+        folder = Path(path).expanduser() if path is not None else _installed_data()
         file = f"BFCL_v4_{category}.json"
         self._rows = read_jsonl(folder / file, ROW, _check_row)
         self._gold: dict[str, list[Any]] = {}

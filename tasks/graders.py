@@ -52,7 +52,7 @@ _NUMBER = rf"""
 """
 _MARKER = r"(?: \#\#\#\# | \\boxed\s?\{ | \banswer(?:\s(?:is|was))? )"
 _BETWEEN = r"(?: [\s:=*_~(\"'`{>\[$€£¥] | \\[(\[$] ){0,16}+"
-_NOT_A_SUM = r"(?! \s{0,4} (?: [-+*/^×÷−x] | \\times | \\div ) \s{0,4} \$? [0-9(] )"
+_NOT_A_SUM = r"(?! [ \t]{0,4} (?: [-+*/^×÷−x] | \\times | \\div ) [ \t]{0,4} \$? [0-9(] )"
 
 _number = re.compile(rf"({_NUMBER})", re.VERBOSE)
 _marked_number = re.compile(rf"{_MARKER} {_BETWEEN} ({_NUMBER}) {_NOT_A_SUM}", re.VERBOSE | re.IGNORECASE)

@@ -77,8 +77,8 @@ class GSM8K(Task):
     Args:
         split: ``train``, ``validation`` or ``test``.
         path: a folder with ``train.jsonl`` and ``test.jsonl``, or one JSONL file; None loads
-            ``openai/gsm8k`` through ``datasets``. A file named ``train.jsonl`` or ``test.jsonl`` holds what its
-            name says; a file of any other name is divided among the three splits by ``split_of``.
+            ``openai/gsm8k`` through ``datasets``. A file with the word ``train`` or ``test`` in its name holds
+            what that says; a file of any other name is divided among the three splits by ``split_of``.
 
     Raises:
         ConnectionError: no path, and the hub cannot be reached.
@@ -93,7 +93,7 @@ class GSM8K(Task):
 
     def __init__(self, split: str = "train", *, path: str | Path | None = None) -> None:
         super().__init__(split)
-        self._rows = _load(split, None if path is None else Path(path))
+        self._rows = _load(split, None if path is None else Path(path).expanduser())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -217,12 +217,14 @@ def _load(split: str, path: Path | None) -> list[tuple[str, str, str]]:
     elif path.is_dir():
         rows = read_jsonl(path / f"{source}.jsonl", FIELDS, _check)
     else:
-        if path.stem in ("train", "test") and path.stem != source:
+        words = re.split(r"[^a-z]+", path.stem.lower())
+        held = "test" if "test" in words else "train" if "train" in words else ""
+        if held not in ("", source):
             raise ValueError(
-                f"{path} holds the {path.stem} rows, so it has no {split} split; give a folder with both files, "
+                f"{path} holds the {held} rows, so it has no {split} split; give a folder with both files, "
                 f"or rename this one to have its rows divided among {', '.join(SPLITS)}"
             )
-        source = path.stem
+        source = held or "all"
         rows = read_jsonl(path, FIELDS, _check)
     return [
         (f"{source}-{number}", row["question"], row["answer"])

@@ -68,7 +68,7 @@ class Math500(Task):
         if path is None:
             self._rows = hub_rows(HUB_NAME, None, split)
         else:
-            path = Path(path)
+            path = Path(path).expanduser()
             self._rows = read_jsonl(path / "test.jsonl" if path.is_dir() else path, FIELDS)
 
     def __len__(self) -> int:

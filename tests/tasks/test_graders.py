@@ -29,6 +29,8 @@ READ = [
     ("The answer is 42. That is 6 times 7.", "42"),
     ("The answer is 5. No, the answer is 6, as 2 + 4 says.", "6"),
     ("#### 12 eggs (of 16)", "12"),
+    ("Answer:\n42", "42"),
+    ("Answer: 42\n- 3 of them red", "42"),
     # A marker with a sum behind it, or with none, does not count.
     ("Answer: 6 * 7 = 42", "42"),
     (r"The answer is 6 \times 7 = 42", "42"),

@@ -189,8 +189,15 @@ def test_a_file_of_another_name_is_divided_among_all_splits(tmp_path):
 
 @pytest.mark.parametrize(("file", "split"), [("test", "train"), ("test", "validation"), ("train", "test")])
 def test_a_file_is_not_used_for_a_split_that_it_does_not_hold(folder, file, split):
-    with pytest.raises(ValueError, match=f"holds the {file} rows, so it has no {split} split"):
-        load_task("gsm8k", split, path=folder / f"{file}.jsonl")
+    for name in (file, f"gsm8k-{file}_2"):
+        write(folder / f"{name}.jsonl", rows(5))
+        with pytest.raises(ValueError, match=f"holds the {file} rows, so it has no {split} split"):
+            load_task("gsm8k", split, path=folder / f"{name}.jsonl")
+
+
+def test_a_path_may_begin_with_the_home_directory(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert len(load_task("gsm8k", "test", path="~")) == 20
 
 
 def test_a_missing_file_is_named(tmp_path):
