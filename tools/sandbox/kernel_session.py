@@ -17,11 +17,10 @@ from collections.abc import Callable
 
 from opd_env.tools.sandbox.base import ExecResult, Limits, Session, SessionEnded, Status
 from opd_env.tools.sandbox.cells import CellChannel
-from opd_env.tools.sandbox.guest import protocol
 from opd_env.tools.sandbox.modules import tier_of
 from opd_env.tools.sandbox.output import OutputReader, check_code
 from opd_env.tools.sandbox.pool import SlotPool
-from opd_env.tools.sandbox.supervisor import GRACE_S, SetUpFailed, Slot, session_request
+from opd_env.tools.sandbox.supervisor import SetUpFailed, Slot, session_request
 from opd_env.tools.sandbox.turnstile import Turnstile
 
 
@@ -116,14 +115,9 @@ class _Process:
         self._cells = CellChannel(ours, OutputReader(read_end, limits.output_bytes))
         self._stack.callback(self._cells.close)
         try:
-            slot.usable = False  # until its report has come
             with theirs, os.fdopen(write_end, "wb", buffering=0):
                 slot.send(session_request(limits, seed), theirs.fileno(), write_end, {})
-            slot.channel.settimeout(GRACE_S)
-            message, descriptors, _, _ = socket.recv_fds(slot.channel, 1, 1)
-            if message != protocol.PIDFD or not descriptors:
-                raise SetUpFailed("the slot did not start the session's process")
-            self._handle = descriptors[0]
+            self._handle = slot.process_handle()
             self._stack.callback(os.close, self._handle)
             self._stack.callback(self._kill, wait=False)
             self._cpu_clock = _cpu_clock(self._handle)
@@ -172,14 +166,11 @@ class _Process:
         """Ends the process, if it is not yet; says whether it had come as far as its first cell."""
         if self._exit_code is not None:
             return True
-        channel = self._slot.channel
         try:
             if wait:  # it exits by itself: give it the time to
-                select.select([channel], [], [], 1.0)
-            channel.settimeout(GRACE_S)
-            channel.send(protocol.KILL)
+                select.select([self._slot], [], [], 1.0)
+            self._slot.kill()
             report = self._slot.report()
-            channel.settimeout(None)
         except OSError:
             return False
         if report is None:

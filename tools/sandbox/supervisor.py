@@ -77,17 +77,16 @@ class Zygote:
         Raises:
             SetUpFailed: if the zygote is gone or a step was refused.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        handle = -1
+        control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        requests, their_requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with theirs:
-                socket.send_fds(self._control, [protocol.SPAWN], [theirs.fileno()])
-            handle = _expect_ready(ours, _SLOT_START_S)
-            return Slot(ours, handle)
+            with their_control, their_requests:
+                theirs = [their_control.fileno(), their_requests.fileno()]
+                socket.send_fds(self._control, [protocol.SPAWN], theirs)
+            return Slot(control, requests, _expect_ready(control, _SLOT_START_S))
         except BaseException as error:
-            ours.close()
-            if handle >= 0:
-                os.close(handle)
+            control.close()
+            requests.close()
             if isinstance(error, OSError):
                 raise SetUpFailed(f"the zygote is gone: {error}") from error
             raise
@@ -135,29 +134,35 @@ def _expect_ready(channel: socket.socket, seconds: float) -> int:
 class Slot:
     """One slot: runs a program, or holds the process of one session."""
 
-    def __init__(self, channel: socket.socket, handle: int) -> None:
-        self.channel = channel
+    def __init__(self, control: socket.socket, requests: socket.socket, handle: int) -> None:
+        self._control = control
+        self._requests = requests
         self._handle = handle
         self.calls = 0
         self.usable = True
         """False after any anomaly: close it, and take another one."""
 
+    def fileno(self) -> int:
+        """Readable when the call's process has ended."""
+        return self._control.fileno()
+
     def send(self, request: Request, source: int, output: int, files: Mapping[str, bytes]) -> None:
-        """Sends a request with its descriptors."""
+        """Sends a request with its descriptors to the process that waits in the slot."""
         self.calls += 1
+        self.usable = False  # until its report has come
         with contextlib.ExitStack() as stack:
             descriptors = [source, output]
             if files:
                 packed = memory_file(protocol.pack_files(dict(files)))
                 stack.callback(os.close, packed)
                 descriptors.append(packed)
-            socket.send_fds(self.channel, [request.pack()], descriptors)
+            socket.send_fds(self._requests, [request.pack()], descriptors)
 
     def run(self, code: bytes, files: Mapping[str, bytes], limits: Limits, seed: int) -> ExecResult:
         """Runs a program to its end. A failure of the slot's is a ``sandbox_error``."""
-        reader, write_end = _output_pipe(limits)
+        read_end, write_end = os.pipe()
+        reader = OutputReader(read_end, limits.output_bytes)
         try:
-            self.usable = False  # until its report has come
             source = memory_file(code)
             try:
                 self.send(_request(protocol.PROGRAM, limits, seed), source, write_end, files)
@@ -165,39 +170,61 @@ class Slot:
                 os.close(source)
                 os.close(write_end)
             start = time.monotonic()
-            report = self._wait(reader, start + limits.wall_s + GRACE_S)
+            timed_out = not self._wait(reader, start + limits.wall_s)
+            if timed_out or reader.full:
+                self.kill()
+            report = self.report()
             wall_s = time.monotonic() - start
             reader.drain()
-            return _result(report, reader, wall_s, limits)
+            return _result(report, timed_out, reader, wall_s, limits)
         except OSError:
-            return _result(None, reader, 0.0, limits)
+            return _result(None, False, reader, 0.0, limits)
         finally:
             reader.close()
 
-    def _wait(self, reader: OutputReader, deadline: float) -> Report | None:
+    def _wait(self, reader: OutputReader, deadline: float) -> bool:
+        """Reads output until the process has ended or written too much; False if the time is over first."""
         poll = select.poll()
-        poll.register(self.channel, select.POLLIN)
+        poll.register(self, select.POLLIN)
         poll.register(reader, select.POLLIN)
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return None
+        while (left := deadline - time.monotonic()) > 0:
             events = dict(poll.poll(left * 1000))
             if reader.fileno() in events:
                 reader.read()
                 if reader.full:
-                    self.channel.send(protocol.KILL)
-                if reader.full or reader.ended:
+                    return True
+                if reader.ended:
                     poll.unregister(reader)
-            elif self.channel.fileno() in events:
-                return self.report()
+            elif self.fileno() in events:
+                return True
+        return False
+
+    def process_handle(self) -> int:
+        """A pidfd of the process that runs, owned by the caller.
+
+        Raises:
+            OSError: if the slot does not answer.
+        """
+        self._control.settimeout(GRACE_S)
+        self._control.send(protocol.PIDFD)
+        message, descriptors, _, _ = socket.recv_fds(self._control, len(protocol.PIDFD), 1)
+        if message != protocol.PIDFD or not descriptors:
+            raise ConnectionError("the slot sent no pidfd")
+        return descriptors[0]
+
+    def kill(self) -> None:
+        """Has the slot kill what runs; the report says when that is done."""
+        self._control.send(protocol.KILL.pack(b"K", self.calls))
 
     def report(self) -> Report | None:
-        """Reads the slot's report, which must be there; None if the slot is gone or talks nonsense."""
-        message = self.channel.recv(Report.size + 1)
+        """Waits for the report on the call; None if the slot is gone, is silent or talks nonsense."""
+        self._control.settimeout(GRACE_S)
+        message = self._control.recv(Report.size + 1)
         if len(message) != Report.size:
             return None
         report = Report.unpack(message)
+        if report.number != self.calls:
+            return None
         self.usable = report.set_up and report.clean
         return report
 
@@ -209,7 +236,8 @@ class Slot:
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)
             os.close(self._handle)
             self._handle = -1
-            self.channel.close()
+            self._control.close()
+            self._requests.close()
 
 
 def memory_file(content: bytes) -> int:
@@ -219,11 +247,6 @@ def memory_file(content: bytes) -> int:
     while view:
         view = view[os.write(descriptor, view) :]
     return descriptor
-
-
-def _output_pipe(limits: Limits) -> tuple[OutputReader, int]:
-    read_end, write_end = os.pipe()
-    return OutputReader(read_end, limits.output_bytes), write_end
 
 
 def session_request(limits: Limits, seed: int) -> Request:
@@ -236,20 +259,19 @@ def _request(kind: int, limits: Limits, seed: int) -> Request:
     return Request(
         kind=kind,
         seed=seed % 2**63,
-        wall_us=round(limits.wall_s * 1e6),
         cpu_s=limits.cpu_s,
         memory_bytes=limits.memory_mb << 20,
         threads=limits.threads,
     )
 
 
-def _result(report: Report | None, reader: OutputReader, wall_s: float, limits: Limits) -> ExecResult:
+def _result(report: Report | None, timed_out: bool, reader: OutputReader, wall_s: float, limits: Limits) -> ExecResult:
     status, exit_code = Status.SANDBOX_ERROR, None
     if report is not None and report.set_up:
         code = os.waitstatus_to_exitcode(report.wait_status)
         if reader.full:
             status = Status.OUTPUT_LIMIT
-        elif report.timed_out:
+        elif timed_out and code == -signal.SIGKILL:
             status = Status.TIMEOUT
         elif report.cpu_us >= (limits.cpu_s - _CPU_SLACK_S) * 1e6 and code < 0:
             status = Status.CPU_LIMIT

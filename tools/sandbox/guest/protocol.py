@@ -10,36 +10,38 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 SPAWN = b"S"
-"""Supervisor to zygote, with the slot's end of a socket: make a slot."""
+"""Supervisor to zygote, with the slot's ends of two sockets (control, requests): make a slot."""
 READY, FAILED = b"R", b"E"
 """Zygote or slot to supervisor: up; not up, followed by the reason as text."""
 PIDFD = b"P"
-"""To the supervisor, with a pidfd: of the new slot, or of a session's process."""
-KILL = b"K"
-"""Supervisor to slot: kill what runs."""
+"""Supervisor to slot: send the pidfd of the process that runs. The answer, and what a new slot says
+of itself: the same, with the pidfd."""
+KILL = struct.Struct("<cI")
+"""Supervisor to slot: ``K``, and the number of the call that is to end."""
 
 PROGRAM, SESSION = 0, 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """Supervisor to slot: run this. The descriptors beside it: code or channel, output, [files]."""
+    """Supervisor to the process that waits in the slot: run this.
+
+    The descriptors beside it: code or channel, output, [files].
+    """
 
     kind: int
     """PROGRAM or SESSION."""
     seed: int
-    wall_us: int
-    """For a program; a session is timed cell by cell by the supervisor."""
     cpu_s: int
     memory_bytes: int
     threads: int
 
-    _layout: ClassVar[struct.Struct] = struct.Struct("<BQQIQI")
+    _layout: ClassVar[struct.Struct] = struct.Struct("<BQIQI")
     size: ClassVar[int] = _layout.size
 
     def pack(self) -> bytes:
         """The record's bytes."""
-        return self._layout.pack(self.kind, self.seed, self.wall_us, self.cpu_s, self.memory_bytes, self.threads)
+        return self._layout.pack(self.kind, self.seed, self.cpu_s, self.memory_bytes, self.threads)
 
     @classmethod
     def unpack(cls, data: bytes) -> Request:
@@ -51,23 +53,23 @@ class Request:
 class Report:
     """Slot to supervisor: what the kernel told about the process that is gone."""
 
+    number: int
+    """Of the call, counted from 1."""
     set_up: bool
     """It came as far as the code; if not, the fault is ours."""
-    timed_out: bool
-    """The slot killed it when its wall time was over."""
     clean: bool
     """Nothing is left of it: no process, no file. If not, the slot must go."""
     wait_status: int
     cpu_us: int
     max_rss_kb: int
 
-    _layout: ClassVar[struct.Struct] = struct.Struct("<c???iQQ")
+    _layout: ClassVar[struct.Struct] = struct.Struct("<cI??iQQ")
     size: ClassVar[int] = _layout.size
     tag: ClassVar[bytes] = b"D"
 
     def pack(self) -> bytes:
         """The record's bytes."""
-        fields = (self.set_up, self.timed_out, self.clean, self.wait_status, self.cpu_us, self.max_rss_kb)
+        fields = (self.number, self.set_up, self.clean, self.wait_status, self.cpu_us, self.max_rss_kb)
         return self._layout.pack(self.tag, *fields)
 
     @classmethod

@@ -1,7 +1,7 @@
-"""A slot: takes one request after the other, forks a process for each, and leaves nothing of it behind.
+"""A slot: forks a process for each request, and leaves nothing of it behind.
 
-The slot never reads the code: it goes straight to the process that runs it, as a descriptor, so that no later
-process, a fork of the same slot, can find it in its memory.
+The slot never reads a request, or the code: they go straight to the process that runs it, so that no later
+process, a fork of the same slot, can find them in its memory.
 
 Test it alone: ``pytest tests/tools/sandbox``
 """
@@ -9,6 +9,7 @@ Test it alone: ``pytest tests/tools/sandbox``
 from __future__ import annotations
 
 import fcntl
+import itertools
 import mmap
 import os
 import resource
@@ -36,84 +37,59 @@ class Surroundings:
     """Address space that the interpreter has mapped without any code."""
     base_threads: int
     """Threads that count against the limit although they are not the call's."""
-    null: int
-    """Descriptor of /dev/null."""
     namespace: dict[str, object]
     """Of the programs' ``__main__``, from ``runner.prepare``."""
 
 
-def serve(channel: socket.socket, here: Surroundings) -> NoReturn:
-    """Answers requests until the supervisor closes the channel."""
-    # One byte that a new process sets when it is set up; it unmaps it before the code runs.
+def serve(control: socket.socket, requests: socket.socket, here: Surroundings) -> NoReturn:
+    """Keeps one process waiting for a request, until the supervisor closes the sockets.
+
+    The process is forked before the request comes, so that a call does not wait for it.
+    """
+    # One byte that a process sets when it is set up; it unmaps it before the code runs.
     set_up = mmap.mmap(-1, mmap.PAGESIZE)
     last_filter = seccomp.ProgramFilter()
+    slot = os.getpid()
     _limit_for_good()
-    channel.send(protocol.READY)
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(channel, Request.size, 3)
-        if not message:
-            os._exit(0)
-        if message == protocol.KILL:
-            continue  # it came too late: what it was for has ended
+    control.send(protocol.READY)
+    for number in itertools.count(1):
         set_up[0] = 0
-        request = Request.unpack(message)
         child = linux.bare_fork()
         if child == 0:
-            _be_child(request, descriptors, set_up, last_filter, here)
-        report = _attend(channel, child, request, descriptors, set_up, here)
-        channel.send(report.pack())
+            _be_child(requests, slot, set_up, last_filter, here)
+        handle = os.pidfd_open(child)
+        _wait(control, child, handle, number)
+        os.close(handle)
+        _, wait_status, usage = os.wait4(child, 0)
+        report = Report(
+            number=number,
+            set_up=set_up[0] == 1,
+            clean=not here.own_namespaces or _clean(),
+            wait_status=wait_status,
+            cpu_us=round((usage.ru_utime + usage.ru_stime) * 1e6),
+            max_rss_kb=usage.ru_maxrss,
+        )
+        control.send(report.pack())
         if not report.clean:
-            os._exit(1)
+            break
+    os._exit(1)
 
 
-def _attend(
-    channel: socket.socket,
-    child: int,
-    request: Request,
-    descriptors: list[int],
-    set_up: mmap.mmap,
-    here: Surroundings,
-) -> Report:
-    """Waits for the end of a process, ends it if need be, and tells what the kernel says of it."""
-    for descriptor in descriptors:
-        os.close(descriptor)
-    handle = os.pidfd_open(child)
-    if request.kind == protocol.SESSION:
-        socket.send_fds(channel, [protocol.PIDFD], [handle])
-    timed_out = _wait(channel, child, handle, request)
-    os.close(handle)
-    _, wait_status, usage = os.wait4(child, 0)
-    return Report(
-        set_up=set_up[0] == 1,
-        timed_out=timed_out,
-        clean=not here.own_namespaces or _clean(),
-        wait_status=wait_status,
-        cpu_us=round((usage.ru_utime + usage.ru_stime) * 1e6),
-        max_rss_kb=usage.ru_maxrss,
-    )
-
-
-def _wait(channel: socket.socket, process: int, handle: int, request: Request) -> bool:
-    """Waits for the process's end, and kills it when its time is over or the supervisor says so."""
+def _wait(control: socket.socket, child: int, handle: int, number: int) -> None:
+    """Waits for the process's end, and kills it when the supervisor says so."""
     poll = select.poll()
-    poll.register(channel, select.POLLIN)
+    poll.register(control, select.POLLIN)
     poll.register(handle, select.POLLIN)
-    # A session ends when the supervisor says so.
-    deadline = time.monotonic() + request.wall_us / 1e6 if request.kind == protocol.PROGRAM else None
-    timed_out = False
-    while True:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        events = dict(poll.poll(left))
-        if handle in events:
-            return timed_out
-        if channel.fileno() in events:
-            if not channel.recv(len(protocol.KILL)):
-                os._exit(0)  # the supervisor is gone; in its own namespace the slot takes everything along
-        else:
-            timed_out = True
-        os.kill(process, signal.SIGKILL)
-        poll.unregister(channel)
-        deadline = None
+    while handle not in (events := dict(poll.poll())):
+        if control.fileno() not in events:
+            continue
+        message = control.recv(protocol.KILL.size)
+        if not message:
+            os._exit(0)  # the supervisor is gone, and what runs here goes with the slot
+        if message == protocol.PIDFD:
+            socket.send_fds(control, [protocol.PIDFD], [handle])
+        elif message == protocol.KILL.pack(b"K", number):  # else it came too late for an earlier call
+            os.kill(child, signal.SIGKILL)
 
 
 def _clean() -> bool:
@@ -157,22 +133,28 @@ def _empty(folder: str) -> None:
 
 
 def _be_child(
-    request: Request,
-    descriptors: list[int],
+    requests: socket.socket,
+    slot: int,
     set_up: mmap.mmap,
     last_filter: seccomp.ProgramFilter,
     here: Surroundings,
 ) -> NoReturn:
     """The process that runs the code. Whatever fails, it ends here and never returns to the slot's loop."""
     try:
-        source, output, *files = descriptors
         if not here.own_namespaces:
             linux.die_with_parent()
-        os.dup2(here.null, 0)
+            if os.getppid() != slot:
+                os._exit(0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        message, descriptors, _, _ = socket.recv_fds(requests, Request.size, 3)
+        if not message:
+            os._exit(0)
+        request = Request.unpack(message)
+        source, output, *files = descriptors
         os.dup2(output, 1)
         os.dup2(output, 2)
-        # They may have any numbers; from here on they are 3 and 4, and nothing else is open.
-        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 100) for descriptor in (source, *files)]
+        # They may have any numbers; from here on they are 3 and 4, and nothing else is open. 0 is /dev/null.
+        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 20) for descriptor in (source, *files)]
         for number, descriptor in enumerate(high, 3):
             os.dup2(descriptor, number)
         os.closerange(3 + len(high), 1 << 20)
@@ -185,7 +167,6 @@ def _be_child(
         if request.kind == protocol.PROGRAM:
             code = _read_all(3).decode("utf-8", "surrogatepass")
             os.close(3)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         _limit(request, here)
 
         def before_code() -> None:
@@ -212,13 +193,13 @@ def _limit(request: Request, here: Surroundings) -> None:
     # One second to notice SIGXCPU, then SIGKILL.
     resource.setrlimit(resource.RLIMIT_CPU, (request.cpu_s, request.cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
 
 
 def _limit_for_good() -> None:
     """Limits that are the same for all, and that the slot itself can live with."""
     for kind, limit in (
         (resource.RLIMIT_FSIZE, FILE_BYTES),
+        (resource.RLIMIT_NOFILE, DESCRIPTORS),
         (resource.RLIMIT_STACK, STACK_BYTES),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),

@@ -103,8 +103,7 @@ def main(arguments: list[str]) -> NoReturn:
     gc.collect()
     gc.freeze()
     control.send(protocol.READY)
-    null = os.open("/dev/null", os.O_RDWR)
-    _serve(control, parent, proc, Surroundings(proc >= 0, base_bytes, base_threads, null, namespace))
+    _serve(control, parent, proc, Surroundings(proc >= 0, base_bytes, base_threads, namespace))
 
 
 def _import(settings: Settings) -> None:
@@ -223,18 +222,19 @@ def _serve(control: socket.socket, parent: int, proc: int, here: Surroundings) -
         if parent in events:
             os._exit(0)
         if control.fileno() in events:
-            message, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+            message, descriptors, _, _ = socket.recv_fds(control, 16, 2)
             if not message:
                 os._exit(0)
-            channel = socket.socket(fileno=descriptors[0])
+            channel, requests = (socket.socket(fileno=descriptor) for descriptor in descriptors)
             child = os.fork()
             if child == 0:
                 control.close()
                 os.close(parent)
-                _become_slot(channel, proc, here)
+                _become_slot(channel, requests, proc, here)
             if not here.own_namespaces:
                 _send_handle(channel, child)
             channel.close()
+            requests.close()
 
 
 def _send_handle(channel: socket.socket, process: int) -> None:
@@ -243,7 +243,7 @@ def _send_handle(channel: socket.socket, process: int) -> None:
     os.close(handle)
 
 
-def _become_slot(channel: socket.socket, proc: int, here: Surroundings) -> NoReturn:
+def _become_slot(channel: socket.socket, requests: socket.socket, proc: int, here: Surroundings) -> NoReturn:
     """Goes on as a slot. Whatever fails is told to the supervisor, and ends the process."""
     step = "start the slot"
     try:
@@ -271,7 +271,7 @@ def _become_slot(channel: socket.socket, proc: int, here: Surroundings) -> NoRet
         linux.set_dumpable(False)
         step = "install the filter"
         seccomp.install(seccomp.slot_filter(writable=here.own_namespaces))
-        slot.serve(channel, here)
+        slot.serve(channel, requests, here)
     except BaseException as error:
         channel.send(protocol.FAILED + f"{step}: {error or type(error).__name__}".encode()[:4000])
     finally:
