@@ -2,8 +2,7 @@
 
 ``log_ratio = log u = teacher log-prob - student log-prob`` of the sampled token. With a divergence's f:
 
-- ``opd``: ``-f(u)``, the stop-gradient reward. Biased for every divergence but reverse KL; kept for
-  comparison.
+- ``opd``: ``-f(u)``, the stop-gradient reward. Biased for every divergence but reverse KL.
 - ``opd_plus``: ``w_f(u) = -f(u) + u f'(u)``, exactly the gradient of -D_f (OPD+, arXiv 2606.01039).
 - ``opd_plus_centred`` (default): ``w_f(u) - f'(1)``. The constant changes no expected gradient and lowers
   its variance; the advantage is 0 at agreement, positive where the teacher likes the token better.

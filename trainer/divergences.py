@@ -146,7 +146,10 @@ def _minus(function: Elementwise, constant: float) -> Elementwise:
 
 
 def _call(name: str, f: Elementwise, u: Tensor) -> Tensor:
-    values = f(u)
+    try:
+        values = f(u)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"divergence {name!r}: f must take a torch tensor of any shape; it raised: {error}") from error
     if not isinstance(values, Tensor) or values.shape != u.shape:
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"divergence {name!r}: f must be elementwise; a tensor {tuple(u.shape)} gave {got}")
@@ -156,7 +159,10 @@ def _call(name: str, f: Elementwise, u: Tensor) -> Tensor:
 def _slope(name: str, f: Elementwise, u: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         variable = u.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(_call(name, f, variable).sum(), variable)
+        values = _call(name, f, variable)
+        if not values.requires_grad:
+            raise ValueError(f"divergence {name!r}: autograd finds no way from f(u) back to u; use torch operations")
+        (slope,) = torch.autograd.grad(values.sum(), variable)
     return slope
 
 

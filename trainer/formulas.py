@@ -1,5 +1,4 @@
-"""The formulas of the f-divergences between teacher q and student p, written so that they can be trained
-with.
+"""f-divergences between teacher q and student p: their formulas, in a form that can be trained with.
 
 A divergence is a convex f with f(1) = 0: ``D_f(q || p) = Σ_v p(v) f(u_v)`` with ``u = q / p``. Three
 functions of ``log u = teacher log-prob - student log-prob`` are all that training needs:
@@ -7,8 +6,7 @@ functions of ``log u = teacher log-prob - student log-prob`` are all that traini
 - ``minus_f(log_u)``: ``-f(u)``, the stop-gradient reward of plain on-policy distillation (OPD);
 - ``weight(log_u)``: ``w_f(u) = -f(u) + u f'(u)``, the OPD+ weight (arXiv 2606.01039), for which
   ``-∇D_f = E_p[w_f(u) ∇log p]`` holds exactly;
-- ``centred_weight(log_u)``: ``w_f(u) - f'(1)``: the same expected gradient, 0 where teacher and student
-  agree.
+- ``centred_weight(log_u)``: ``w_f(u) - f'(1)``: the same expected gradient, 0 at agreement.
 
 Worked example::
 

@@ -14,7 +14,7 @@ Worked example::
     scores.logprobs_N.sum().backward()                         # reaches the decoder and the head
 
     exact = full_divergence(hidden_NH, head, teacher_hidden_NH, teacher_head, "jsd")
-    (exact.loss_N.sum() / num_tokens).backward()               # the gradient of D_f at every prefix
+    mean_loss(exact.loss_N, num_tokens).backward()             # the gradient of D_f at every prefix
 
 Test it alone: ``pytest tests/trainer/test_logprobs.py``
 """
@@ -175,8 +175,7 @@ def full_divergence(
 def expected_update(
     student_NB: Tensor, teacher_NB: Tensor, divergence: Divergence, mode: Mode, clip_log_ratio: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over all B outcomes of each of N distributions, given their log-probs (the student's with
-    gradient).
+    """Sums over the B outcomes of each of N distributions, from their log-probs (the student's with gradient).
 
     Returns:
         ``loss_N``, ``divergence_N``, ``teacher_kl_N`` and ``baseline_N`` of ``DivergenceScores``.

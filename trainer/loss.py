@@ -7,8 +7,8 @@ and the number of processes change nothing. The gradient reaches θ through ρ o
 Worked example::
 
     logprobs_BT = …                       # of the current student, with gradient
-    loss = policy_loss(logprobs_BT, sampled_logprobs_BT, advantages_BT, mask_BT,
-    num_tokens=batch.num_sampled) loss.backward()                       # -(1/N) Σ ρ A ∇log p: one OPD+ step
+    loss = policy_loss(logprobs_BT, sampled_logprobs_BT, advantages_BT, mask_BT, num_tokens)
+    loss.backward()                       # -(1/N) Σ ρ A ∇log p: one OPD+ step
 
 Test it alone: ``pytest tests/trainer/test_loss.py``
 """

@@ -27,7 +27,7 @@ from opd_env.trainer.batch import Head, MicroBatch, Row, make_batch, row_of
 from opd_env.trainer.config import OPDConfig, RatioPolicy
 from opd_env.trainer.divergences import get_divergence
 from opd_env.trainer.logprobs import full_divergence, positions_per_chunk, token_logprobs
-from opd_env.trainer.loss import policy_loss
+from opd_env.trainer.loss import mean_loss, policy_loss
 from opd_env.trainer.modes import Estimator
 from opd_env.trainer.teachers import LocalTeacher, Teacher
 from opd_env.trainer.update import TrainingError
@@ -153,7 +153,7 @@ class OPDObjective:
             raise TypeError("full_divergence gave no scores of the sampled tokens")
         advantages_N = self._advantages(batch, scores.log_ratio_N)
         self._note(batch, scores.logprobs_N, scores.log_ratio_N, scores.teacher_kl_N, scores.entropy_N, advantages_N)
-        return scores.loss_N.sum() / num_tokens
+        return mean_loss(scores.loss_N, num_tokens)
 
     def _advantages(self, batch: MicroBatch, log_ratio_N: Tensor) -> Tensor:
         config = self._config

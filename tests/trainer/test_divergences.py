@@ -251,6 +251,8 @@ def test_reverse_kl_written_as_k3_rewards_nothing_without_the_correction():
         (lambda u: (u - 1).sqrt(), "not finite at u = "),
         (lambda u: 0.0, "elementwise"),
         (lambda u: (u - 1).sum(), "elementwise"),
+        (lambda u: math.log(u), "must take a torch tensor"),
+        (lambda u: (u.detach() - 1) ** 2, "no way from f"),
     ],
 )
 def test_what_is_no_divergence_is_refused_with_the_place(f, message):
