@@ -76,7 +76,7 @@ class ToolEnv(gymnasium.Env[str, str]):
 
     Args:
         task: a task, or the name of a registered one.
-        tools: names or tools; by default the task's own.
+        tools: names or tools; by default those that the task offers for the example.
         limits: budgets, see ``opd_env.limits`` for the order of checks.
         parse: reads a turn; a chat format's ``parse_text``.
         split, task_options: passed to ``load_task`` when ``task`` is a name.
@@ -97,7 +97,9 @@ class ToolEnv(gymnasium.Env[str, str]):
         **task_options: Any,
     ) -> None:
         self.task = load_task(task, split, **task_options) if isinstance(task, str) else task
-        self.toolbox = Toolbox(self.task.tools if tools is None else tools)
+        self._tools = self.task.tools if tools is None else tools
+        self._tools_per_example = tools is None
+        self.toolbox = Toolbox(self._tools)
         self.limits = limits or RolloutLimits()
         self.render_mode = render_mode
         self.observation_space = ChatText()
@@ -113,6 +115,8 @@ class ToolEnv(gymnasium.Env[str, str]):
         if index is None:
             index = int(self.np_random.integers(len(self.task)))
         self._example = self.task[index]
+        if self._tools_per_example:
+            self._offer(self.task.tools_of(self._example))
         self._messages: list[Message] = list(self._example.messages)
         self._turns = self._calls = self._errors = 0
         self._deadline = time.monotonic() + self.limits.max_seconds
@@ -182,6 +186,12 @@ class ToolEnv(gymnasium.Env[str, str]):
         """Ends the tools."""
         self.toolbox.close()
 
+    def _offer(self, tools: Sequence[str | Tool]) -> None:
+        """Replaces the toolbox when this example comes with other tools than the one before."""
+        if tools is not self._tools and list(tools) != list(self._tools):
+            self.toolbox.close()
+            self._tools, self.toolbox = tools, Toolbox(tools)
+
     def _run(self, call: ParsedCall) -> ToolResult:
         if call.error is not None:
             return _failure(call, call.error, call.message)
@@ -207,7 +217,9 @@ def _failure(call: ParsedCall, kind: ToolErrorKind, message: str) -> ToolResult:
 
 
 def _as_message(turn: ParsedTurn) -> Message:
-    calls = [ToolCall(call.name, call.arguments or {}) for call in turn.calls if call.name is not None]
+    """The turn as a grader sees it: calls that could not be read are no calls."""
+    readable = (call for call in turn.calls if call.error is None)
+    calls = [ToolCall(call.name or "", call.arguments or {}) for call in readable]
     return assistant(turn.content, calls)
 
 

@@ -231,8 +231,11 @@ def _settings(
     sampling: SamplingParams,
     seed: int,
 ) -> dict[str, Any]:
-    with Toolbox(task.tools if tools is None else tools) as toolbox:
+    first = task.tools_of(task[0]) if tools is None else tools
+    with Toolbox(first) as toolbox:
         schemas = toolbox.schemas
+    names = [schema["function"]["name"] for schema in schemas]
+    each_its_own = tools is None and list(first) != list(task.tools)
     prompt = chat.decode(chat.render_prompt(task[0].messages, schemas))
     return {
         "model": model,
@@ -240,7 +243,7 @@ def _settings(
         "version": task.version,
         "split": task.split,
         "size": len(task),
-        "tools": [schema["function"]["name"] for schema in schemas],
+        "tools": ["each problem's own"] if each_its_own else names,
         "samples": samples,
         "sampling": asdict(sampling) | {"max_tokens": limits.max_turn_tokens},
         "limits": asdict(limits),

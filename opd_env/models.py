@@ -62,6 +62,7 @@ def load_model(name: str, *, dtype: str = "float32", device: str | torch.device 
 
 def _load_pretrained(name: str, dtype: str) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     source = name
     if name.startswith("packaged:"):
@@ -73,7 +74,10 @@ def _load_pretrained(name: str, dtype: str) -> LoadedModel:
         raise ModelUnavailable(f"there is no folder {name!r}; give a folder that save_pretrained wrote, or a hub id")
     else:
         source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    bars = logging.is_progress_bar_enabled()
     try:
+        if name.startswith("packaged:"):  # loaded in a moment: a bar would only be noise
+            logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
@@ -82,6 +86,9 @@ def _load_pretrained(name: str, dtype: str) -> LoadedModel:
             f"cannot load the model {name!r}: {first_line} Give packaged:student, packaged:teacher, a folder that "
             "save_pretrained wrote, or a Hugging Face hub id (which needs network or a filled cache)"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return LoadedModel(model, tokenizer, name)
 
 

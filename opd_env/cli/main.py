@@ -34,8 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read by OpenMP when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("OPD_ENV_TRACEBACK") or not _is_for_users(error):
+            raise
+        return _fail(str(error))
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help())
+        print(_help(), flush=True)
         return 0
     if words[0] in ("-V", "--version"):
         from opd_env import __version__
@@ -47,21 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
         return _fail(f"no command {command!r}; {hint}")
-    try:
-        if command in ("train", "eval", "rollout", "tasks"):
-            go_offline_without_network()
-        code: int = importlib.import_module(COMMANDS[command][0]).run(command, rest)
-        return code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if os.environ.get("OPD_ENV_TRACEBACK") or not _is_for_users(error):
-            raise
-        return _fail(str(error))
+    if command in ("train", "eval", "rollout", "tasks"):
+        go_offline_without_network()
+    code: int = importlib.import_module(COMMANDS[command][0]).run(command, rest)
+    return code
 
 
 def _is_for_users(error: Exception) -> bool:

@@ -134,3 +134,27 @@ def test_gymnasium_knows_the_environment_in_either_order_of_import(order: str) -
 def test_impossible_limits_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="max_"):
         RolloutLimits(**limits)
+
+
+def test_an_example_may_bring_its_own_tools() -> None:
+    class PerExample(Task):
+        version = "1"
+
+        def __len__(self) -> int:
+            return 2
+
+        def example(self, index: int) -> Example:
+            return Example(str(index), ({"role": "user", "content": "?"},), "42")
+
+        def grade(self, example: Example, answer: str | None, turns: Sequence[Message] = ()) -> Grade:
+            return Grade(True)
+
+        def tools_of(self, example: Example) -> Sequence[str]:
+            return ["calculator"] if example.id == "1" else []
+
+    env = ToolEnv(PerExample())
+    for index, names in ((0, []), (1, ["calculator"]), (0, [])):
+        _, info = env.reset(options={"index": index})
+        assert [schema["function"]["name"] for schema in info["tools"]] == names
+    _, info = ToolEnv(PerExample(), ["python"]).reset(options={"index": 0})
+    assert info["tools"][0]["function"]["name"] == "python"
