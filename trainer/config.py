@@ -129,7 +129,7 @@ class OPDConfig:
     samples_per_problem: int = 1
     """Episodes of the same problem within a step, 1 or more; must divide episodes_per_step."""
     updates_per_step: int = 1
-    """Optimiser updates per step, each on an equal share of the episodes; 1 or more."""
+    """Optimiser updates per step, each on its own share of the problems; 1 or more."""
     tokens_per_microbatch: int = 8192
     """Padded tokens in one forward and backward pass, 1 or more; memory and padding, not results, depend on it."""
     learning_rate: float = 1e-3
@@ -246,10 +246,11 @@ class OPDConfig:
                 f"eval_samples={self.eval_samples} of greedy decoding would all be the same; set eval_temperature, or "
                 "eval_samples=1"
             )
-        if self.updates_per_step > self.episodes_per_step:
+        problems = self.episodes_per_step // self.samples_per_problem
+        if self.updates_per_step > problems:
             raise ConfigError(
-                f"updates_per_step={self.updates_per_step} is more than "
-                f"episodes_per_step={self.episodes_per_step}; every update needs an episode"
+                f"updates_per_step={self.updates_per_step} is more than the {problems} problems of a step; every "
+                "update needs one"
             )
         if self.clip_ratio is not None and self.truncate_weight is not None:
             raise ConfigError("clip_ratio and truncate_weight bound the same importance ratio; set one of them")

@@ -21,15 +21,15 @@ Test it alone: ``pytest tests/trainer/test_loop.py``
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
 from rich.console import Console
 
+from opd_env.configuration import to_dict
 from opd_env.engine import Engine, SamplingParams
-from opd_env.evaluation import evaluate, installed_versions
+from opd_env.evaluation import installed_versions
 from opd_env.local_engine import LocalEngine
 from opd_env.models import LoadedModel
 from opd_env.report import write_report
@@ -39,6 +39,7 @@ from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.checkpoint import Checkpoints
 from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.display import Display
+from opd_env.trainer.held_out import HeldOut
 from opd_env.trainer.interruption import Interruption
 from opd_env.trainer.metrics import MetricsLog, rollout_metrics, teacher_metrics, token_metrics
 from opd_env.trainer.objective import OPDObjective, TokenValues
@@ -47,8 +48,8 @@ from opd_env.trainer.run_folder import RunFolder, git_state
 from opd_env.trainer.setup import Parts, make_accelerator, make_parts
 from opd_env.trainer.sft import expert_trajectories, sft
 from opd_env.trainer.state import Progress, restore, state_files
-from opd_env.trainer.teachers import log_ratios
 from opd_env.trainer.update import TrainingError, Updater, learning_rate_at
+from opd_env.trajectory import Trajectory
 
 
 class OPDTrainer:
@@ -86,6 +87,7 @@ class OPDTrainer:
         self.engine: Engine = self._engine(self.parts.student)
         self.checkpoints = Checkpoints(self.folder.path / "checkpoints", keep=config.checkpoint_keep)
         self.display = Display(console, enabled=self._is_main)
+        self.held_out = HeldOut(config, self.parts, self.folder, self.accelerator, self.display)
         self._gap_warned = False
 
     def train(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class OPDTrainer:
             progress = self._continue()
             started = time.perf_counter()
             if progress is None:
-                results = self._evaluate_start()
+                results = self._start()
                 self._warm_start()
             else:
                 step, started = progress.step, started - progress.seconds
@@ -120,8 +122,8 @@ class OPDTrainer:
                             self._save(step, time.perf_counter() - started)
                     advance(step, _shown(metrics))
                     if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                        self._log(log, step, self._evaluate_during(step))
-                results["after"] = self._evaluate("after", self.engine, f"{config.student} after {step} steps")
+                        self._log(log, step, self.held_out.during(self.engine, step))
+                results["after"] = self.held_out.evaluate("after", self.engine, f"{config.student} after {step} steps")
             except KeyboardInterrupt:
                 if step > 0 and step not in self.checkpoints.steps():
                     self._save(step, time.perf_counter() - started)
@@ -133,15 +135,14 @@ class OPDTrainer:
         """Lets the teacher score a step's episodes and takes the step's updates; returns its metrics."""
         started = time.perf_counter()
         teacher_seconds, updates, seen, tokens = 0.0, [], [], []
-        for share in range(self.config.updates_per_step):
-            trajectories = played.trajectories[share :: self.config.updates_per_step]
+        for share in self._shares(step, played.trajectories):
             try:
-                self.objective.begin(trajectories)
+                self.objective.begin(share)
                 updates.append(self.updater.update(self.objective.rows, self.objective, self._rate()))
             except (TrainingError, ValueError) as error:
                 raise TrainingError(f"step {step + 1}: {error}. {self._last_checkpoint()}") from error
             teacher_seconds += self.objective.teacher_seconds
-            seen += trajectories
+            seen += share
             tokens.append(self.objective.tokens)
         update_seconds = time.perf_counter() - started - teacher_seconds
         everyone = gather_object([(seen, tokens)])
@@ -173,14 +174,14 @@ class OPDTrainer:
         """This process's share of the step's episodes, by the student as it is."""
         config, accelerator = self.config, self.accelerator
         problems = config.episodes_per_step // config.samples_per_problem
-        places = range(step * problems + accelerator.process_index, (step + 1) * problems, accelerator.num_processes)
+        mine = range(accelerator.process_index, problems, accelerator.num_processes)
         name = f"step_{step + 1:08d}" + (f"_process_{accelerator.process_index}" if accelerator.process_index else "")
         with TrajectoryWriter(self.folder.path / "trajectories", name, overwrite=True) as writer:
             result = rollout(
                 self.parts.task,
                 self.engine,
                 self.parts.chat,
-                indices=[problem_at(place, len(self.parts.task), config.seed) for place in places],
+                indices=[self._problem(step, offset) for offset in mine],
                 samples=config.samples_per_problem,
                 tools=config.tools,
                 limits=config.limits,
@@ -192,6 +193,21 @@ class OPDTrainer:
         for error in result.errors[:1]:
             self.display.warn(f"step {step + 1}: {len(result.errors)} episodes failed; the first: {error.message}")
         return result
+
+    def _problem(self, step: int, offset: int) -> int:
+        """Index in the task of a step's problem."""
+        problems = self.config.episodes_per_step // self.config.samples_per_problem
+        return problem_at(step * problems + offset, len(self.parts.task), self.config.seed)
+
+    def _shares(self, step: int, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
+        """A step's episodes by update: blocks of its problems, the same for any number of processes."""
+        updates = self.config.updates_per_step
+        problems = self.config.episodes_per_step // self.config.samples_per_problem
+        offsets = {self.parts.task[self._problem(step, offset)].id: offset for offset in range(problems)}
+        shares: list[list[Trajectory]] = [[] for _ in range(updates)]
+        for trajectory in trajectories:
+            shares[offsets[trajectory.example_id] * updates // problems].append(trajectory)
+        return shares
 
     def _rate(self) -> float:
         config = self.config
@@ -225,12 +241,12 @@ class OPDTrainer:
             advance(number, {"loss": f"{update.loss:.3f}"})
         self.updater.forget()
 
-    def _evaluate_start(self) -> dict[str, Any]:
-        """Student and teacher on the held-out split, before any step; ``results.json`` as it then is."""
+    def _start(self) -> dict[str, Any]:
+        """Evaluates student and teacher before any step; returns ``results.json`` as it then is."""
         config = self.config
         results: dict[str, Any] = {
-            "before": self._evaluate("before", self.engine, config.student),
-            "teacher": self._evaluate("teacher", self._engine(self.parts.teacher.loaded), config.teacher),
+            "before": self.held_out.evaluate("before", self.engine, config.student),
+            "teacher": self.held_out.evaluate("teacher", self._engine(self.parts.teacher.loaded), config.teacher),
             "seed": config.seed,
             "config_hash": config.config_hash,
             "versions": installed_versions(),
@@ -239,44 +255,6 @@ class OPDTrainer:
         if self._is_main:
             self.folder.write_json("results.json", results)
         return results
-
-    def _evaluate_during(self, step: int) -> dict[str, float]:
-        found = self._evaluate(f"step_{step:08d}", self.engine, f"{self.config.student} after {step} steps")
-        return {f"eval/{name}": found[name] for name in ("accuracy", "tool_call_validity") if name in found}
-
-    def _evaluate(self, name: str, engine: Engine, model: str) -> dict[str, Any]:
-        """Plays the held-out problems; the numbers of ``Summary.to_json``. The first process does it for all."""
-        config = self.config
-        found: list[dict[str, Any]] = []
-        if self._is_main:
-            problems = min(config.eval_problems, len(self.parts.eval_task))
-            advance = self.display.phase(f"evaluating {name}", problems * config.eval_samples)
-            chat, limits = self.parts.chat, config.limits
-            if name == "teacher":
-                extra = self.parts.teacher_extra_tokens
-                chat, limits = self.parts.teacher_chat, replace(limits, max_tokens=limits.max_tokens + extra)
-            result = evaluate(
-                self.parts.eval_task,
-                engine,
-                chat,
-                model=model,
-                samples=config.eval_samples,
-                limit=problems,
-                tools=config.tools,
-                limits=limits,
-                sampling=SamplingParams(temperature=config.eval_temperature),
-                seed=config.seed,
-                folder=self.folder.path / "evaluations" / name,
-                progress=lambda done, total: advance(done, None),
-            )
-            found.append(result.summary.to_json() | {"failed_episodes": len(result.errors)})
-            if name in ("before", "after"):  # the report shows what the teacher thinks of every token
-                ratios = log_ratios(self.parts.teacher, result.trajectories)
-                self.folder.write_json(f"evaluations/{name}/log_ratios.json", ratios, indent=None)
-            self.display.say(f"{name}: accuracy {result.summary.accuracy}, {result.summary.n} problems")
-        self.accelerator.wait_for_everyone()
-        gathered: list[dict[str, Any]] = gather_object(found)
-        return gathered[0]
 
     def _open(self) -> None:
         if self._is_main:
@@ -344,8 +322,7 @@ def _shown(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _flat(config: OPDConfig) -> dict[str, Any]:
-    from opd_env.configuration import to_dict
-
+    """Settings as trackers take them: numbers and text only."""
     return {
         name: value if isinstance(value, int | float | str) else str(value) for name, value in to_dict(config).items()
     }

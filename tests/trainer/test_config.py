@@ -148,7 +148,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, expected):
         ({"temperature": 0.0}, "temperature=0.0 is out of range"),
         ({"eval_split": "train"}, "evaluate on a split that is not trained on"),
         ({"samples_per_problem": 3}, "not a multiple of samples_per_problem=3"),
-        ({"updates_per_step": 65}, "every update needs an episode"),
+        ({"updates_per_step": 65}, "every update needs one"),
         ({"gamma": 0.5}, "gamma=0.5 has no meaning with estimator=full"),
         ({"clip_ratio": 0.2}, "clip_ratio=0.2 has no meaning with estimator=full"),
         ({"estimator": Estimator.SAMPLED, "clip_ratio": 0.2, "truncate_weight": 2.0}, "set one of them"),
