@@ -22,7 +22,8 @@ _METRICS = {
 
 def before_after_table(results: Mapping[str, Any]) -> Table:
     """Student before and after training beside the teacher, each with its 95 % interval."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{results['after']['n']} held-out problems, 95 % intervals")
+    title = f"{results['after']['n']} held-out problems, with 95 % intervals"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="", title_justify="left")
     table.add_column("")
     for name in ("student before", "student after", "teacher"):
         table.add_column(name, justify="right")
@@ -39,4 +40,4 @@ def _rate(summary: Mapping[str, Any], key: str) -> str:
     text = f"{100 * value:.1f} %"
     if interval is None or None in interval:
         return text
-    return f"{text}  [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return f"{text}\n[dim]{100 * interval[0]:.1f} – {100 * interval[1]:.1f}[/]"
