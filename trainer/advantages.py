@@ -55,7 +55,9 @@ def advantage(
         clip_log_ratio: bound on ``|log u|`` before anything else; None for no bound.
 
     Returns:
-        Advantages, detached, with the shape and dtype of ``log_ratio``.
+        Advantages, detached, with the shape and dtype of ``log_ratio``. Finite for every log u but NaN: what
+        does not fit the dtype (reverse KL of a forbidden token, forward KL beyond log u = 88) saturates at its
+        largest number, and the loss refuses it.
 
     Raises:
         ValueError: an option is unknown, out of range, or makes no sense with another.
@@ -90,12 +92,11 @@ def advantage(
         advantages = divergence.weight(log_ratio)
     else:
         advantages = divergence.centred_weight(log_ratio)
-    if mask is None:
-        return advantages
-    mask = mask.bool()
-    if gamma > 0:
-        advantages = advantages + discounted_future_sum(divergence.minus_f(log_ratio), mask, gamma)
-    return torch.where(mask, advantages, 0.0)
+    if gamma > 0 and mask is not None:
+        advantages = advantages + discounted_future_sum(divergence.minus_f(log_ratio), mask.bool(), gamma)
+    largest = torch.finfo(advantages.dtype).max
+    advantages = advantages.clamp(-largest, largest)
+    return advantages if mask is None else torch.where(mask.bool(), advantages, 0.0)
 
 
 def discounted_future_sum(values_BT: Tensor, mask_BT: Tensor, gamma: float) -> Tensor:

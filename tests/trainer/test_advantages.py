@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opd_env.trainer.advantages import advantage, clip_fraction, discounted_future_sum
-from opd_env.trainer.divergences import get_divergence
+from opd_env.trainer.divergences import get_divergence, list_divergences
+from opd_env.trainer.loss import policy_loss
 from opd_env.trainer.modes import Mode
 
 LOG_RATIO = torch.linspace(-3, 3, 13, dtype=torch.float64)
@@ -55,6 +56,24 @@ def test_with_a_bound_every_advantage_is_finite_even_for_a_forbidden_token(name,
     advantages = advantage(log_ratio, name, mode, clip_log_ratio=10.0)
     assert advantages.dtype == dtype
     assert bool(advantages.isfinite().all())
+
+
+@pytest.mark.parametrize("name", list_divergences())
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_every_advantage_is_finite_and_what_does_not_fit_is_refused_by_the_loss(name, mode, dtype, gamma):
+    log_ratio = torch.tensor([[-math.inf, -100.0, -1.0, 0.0, 1.0, 100.0]], dtype=dtype)
+    mask = torch.ones_like(log_ratio, dtype=torch.bool)
+    advantages = advantage(log_ratio, name, mode, gamma=gamma, mask=mask)
+    assert bool(advantages.isfinite().all())
+    zero = torch.zeros_like(log_ratio)
+    saturated = advantages.abs() > 1e38
+    if bool(saturated.any()):
+        column = int(saturated.int().argmax())
+        with pytest.raises(ValueError, match=rf"advantages\[0, {column}\] = .* set clip_log_ratio"):
+            policy_loss(zero, zero, advantages, mask, 6)
+    assert bool(policy_loss(zero, zero, advantages, ~saturated, 6).isfinite())
 
 
 def test_result_is_detached_and_zero_outside_the_mask_whatever_is_there():
