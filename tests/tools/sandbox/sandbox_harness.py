@@ -48,7 +48,7 @@ class Harness:
             self.free_port = free.getsockname()[1]
         self._health()
         self._victim_before = self._victim_state()
-        self._descendants_before = len(descendants(os.getpid()))
+        self._descendants_before = settled(lambda: len(descendants(os.getpid())))
 
     def close(self) -> None:
         self._stack.close()
@@ -148,6 +148,16 @@ def descendants(ancestor: int) -> list[str]:
         if above == ancestor and process != ancestor:
             found.append(f"{process} {names[process]}")
     return found
+
+
+def settled(measure):
+    """What is measured, once it has stayed the same for a fifth of a second: a slot forks ahead."""
+    value, since = measure(), time.monotonic()
+    while time.monotonic() - since < 0.2:
+        time.sleep(0.01)
+        if (now := measure()) != value:
+            value, since = now, time.monotonic()
+    return value
 
 
 def main(levels: list[str]) -> None:

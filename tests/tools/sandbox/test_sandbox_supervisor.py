@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sandbox_harness import descendants
+from sandbox_harness import descendants, settled
 
 from opd_env.tools.sandbox import Limits, SandboxUnavailable, SessionEnded, Status, open_sandbox
 from opd_env.tools.sandbox.turnstile import Turnstile
@@ -103,10 +103,10 @@ def test_a_slot_that_hangs_is_killed_and_the_call_is_tried_again(sandbox, monkey
 
 def test_a_worn_slot_is_replaced(sandbox, monkeypatch):
     monkeypatch.setattr("opd_env.tools.sandbox.pool._CALLS_PER_SLOT", 1)
-    before = descendants(os.getpid())
+    before = settled(lambda: len(descendants(os.getpid())))
     for n in range(5):
         assert sandbox.run(f"print({n})").output == f"{n}\n"
-    assert eventually(lambda: len(descendants(os.getpid())) <= len(before))
+    assert eventually(lambda: len(descendants(os.getpid())) <= before)
 
 
 def test_nothing_grows_over_many_calls(sandbox):
@@ -114,7 +114,8 @@ def test_nothing_grows_over_many_calls(sandbox):
 
     def measure():
         own = Path("/proc/self/statm").read_text().split()[1]
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(descendants(os.getpid())), int(own)
+        processes = settled(lambda: len(descendants(os.getpid())))
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), processes, int(own)
 
     codes = ["print(1)", "1/0", "import os; os._exit(3)", "open('x', 'w').write('y' * 1000)", "print('z' * 5000)"]
     for n in range(20):
@@ -132,14 +133,14 @@ def test_nothing_grows_over_many_calls(sandbox):
 
 
 def test_a_closed_sandbox_refuses_and_has_left_nothing(sandbox):
-    before = len(descendants(os.getpid())), len(os.listdir("/proc/self/fd"))
+    before = settled(lambda: (len(descendants(os.getpid())), len(os.listdir("/proc/self/fd"))))
     other = open_sandbox(sandbox.level, slots=1)
     session = other.session()
     session.run("1")
     other.run("import numpy")
     other.close()
     other.close()
-    assert (len(descendants(os.getpid())), len(os.listdir("/proc/self/fd"))) == before
+    assert settled(lambda: (len(descendants(os.getpid())), len(os.listdir("/proc/self/fd")))) == before
     with pytest.raises(RuntimeError, match="closed"):
         other.run("1")
     with pytest.raises((RuntimeError, SessionEnded)):
@@ -170,7 +171,7 @@ def test_nothing_is_left_when_the_trainer_is_killed(level, tmp_path):
     program.write_text(f"""
 import os, sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from sandbox_harness import descendants
+from sandbox_harness import descendants, settled
 from opd_env.tools.sandbox import open_sandbox, SandboxUnavailable
 try:
     sandbox = open_sandbox({level!r}, slots=2)
