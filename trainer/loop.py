@@ -292,6 +292,8 @@ class OPDTrainer:
             self.folder.save_model(self.parts.save_student)
             write_report(self.folder.path)
             self.display.say(f"done: {student.name}, results in {self.folder.path}")
+        # All together: a process that leaves its group while another still works can wait for it forever.
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return results
 
