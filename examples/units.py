@@ -6,7 +6,7 @@ Try the tool, look at the task, and train on it::
     opd-env tasks lengths --imports examples/units.py
     opd-env train configs/demo.yaml --imports examples/units.py --task lengths --task_options {} --output runs/lengths
 
-(The packaged student knows nothing but its own word problems; a real student is ``--student Qwen/Qwen2.5-0.5B-Instruct``.)
+The packaged student knows nothing but its own word problems; for a real one name a model of yours with ``--student``.
 """
 
 from opd_env import Example, Grade, Task, register_task, register_tool, tool
