@@ -132,6 +132,14 @@ _lock = threading.Lock()
 _shared: dict[int, Sandbox | SandboxUnavailable] = {}  # by process: a fork must not use its parent's
 
 
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def shared_sandbox() -> Sandbox:
     """The sandbox that the tools of this process share; it is closed when the process ends.
 

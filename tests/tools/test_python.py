@@ -1,8 +1,10 @@
 """The python tool: answers, typed errors, a refusal that says why, and state for an episode."""
 
+import os
+
 import pytest
 
-from opd_env.tools import ToolError, ToolErrorKind
+from opd_env.tools import Toolbox, ToolError, ToolErrorKind, get_tool
 from opd_env.tools import python as python_module
 from opd_env.tools.python import Repl, python_tool
 from opd_env.tools.sandbox import Limits, SandboxUnavailable, open_sandbox
@@ -82,3 +84,49 @@ def test_the_stateful_tool_takes_its_state_from_the_toolbox_not_from_the_student
     tool.function(code="y = 2", state=state)
     assert tool.function(code="y", state=state) == "2\n"
     state.close()
+
+
+def kernel_sandbox_or_skip():
+    try:
+        open_sandbox().close()
+    except SandboxUnavailable as error:
+        pytest.skip(error.reason)
+
+
+def test_by_name_in_a_toolbox_it_runs_in_the_kernel_sandbox():
+    kernel_sandbox_or_skip()
+    with Toolbox(["python"]) as toolbox:
+        assert toolbox.call("python", {"code": "print(6 * 7)"}).content == "42\n"
+        result = toolbox.call("python", {"code": "open('/etc/passwd')"})
+        assert result.error is ToolErrorKind.EXCEPTION
+        assert toolbox.call("python", {}).error is ToolErrorKind.SCHEMA
+    assert python_module.shared_sandbox().level in ("namespaces", "landlock")
+
+
+def test_state_is_the_episodes_own():
+    kernel_sandbox_or_skip()
+    with Toolbox([get_tool("python", stateful=True)]) as toolbox:
+        toolbox.call("python", {"code": "x = 5"})
+        assert toolbox.call("python", {"code": "x"}).content == "5\n"
+        toolbox.reset()
+        assert "NameError" in toolbox.call("python", {"code": "x"}).content
+
+
+def test_a_fork_opens_a_sandbox_of_its_own():
+    kernel_sandbox_or_skip()
+    repl = Repl(None)
+    repl.run("x = 1")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, python_tool()(code="print('child')").encode())
+            repl.close()  # must leave the parent's process alone
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    assert os.read(reading, 100) == b"child\n"
+    os.close(reading)
+    assert repl.run("x") == "1\n"
+    repl.close()

@@ -26,6 +26,9 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
+NOBODY = 65534
+"""The user that the code runs as, if the trainer is root."""
+
 
 class Status(StrEnum):
     """How a call ended, as measured from outside the process that ran the code."""
@@ -123,6 +126,10 @@ class SandboxUnavailable(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.reason} {self.how_to_fix}"
+
+
+class SetUpFailed(RuntimeError):
+    """The kernel refused a step of the set-up; the text says which and how."""
 
 
 class SessionEnded(RuntimeError):

@@ -15,12 +15,11 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from opd_env.tools.sandbox.base import ExecResult, Level, Limits, Sandbox, Session, Status
+from opd_env.tools.sandbox.base import ExecResult, Level, Limits, Sandbox, Session, SetUpFailed, Status
 from opd_env.tools.sandbox.kernel_session import KernelSession
 from opd_env.tools.sandbox.modules import Tier, tier_of
 from opd_env.tools.sandbox.output import check_code, check_files
 from opd_env.tools.sandbox.pool import SlotPool
-from opd_env.tools.sandbox.supervisor import SetUpFailed
 from opd_env.tools.sandbox.turnstile import Turnstile
 
 _MAX_SESSIONS = 1024
@@ -42,6 +41,7 @@ class KernelSandbox(Sandbox):
     def __init__(self, level: Level, limits: Limits | None = None, slots: int | None = None) -> None:
         self._limits = limits or Limits()
         places = slots or os.cpu_count() or 1
+        self._owner = os.getpid()
         self._turnstile = Turnstile(places, _MAX_WAITING)
         self._pool = SlotPool(level)
         self._sessions: set[KernelSession] = set()
@@ -103,7 +103,9 @@ class KernelSandbox(Sandbox):
         return session
 
     def close(self) -> None:
-        """See :meth:`Sandbox.close`."""
+        """See :meth:`Sandbox.close`. In a fork of the process that opened it: nothing."""
+        if os.getpid() != self._owner:
+            return
         with self._lock:
             sessions, self._sessions = self._sessions, set()
         for session in sessions:

@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from opd_env.tools.sandbox.base import ExecResult, Limits, Session, SessionEnded, Status
+from opd_env.tools.sandbox.base import ExecResult, Limits, Session, SessionEnded, SetUpFailed, Status
 from opd_env.tools.sandbox.cells import CellChannel
-from opd_env.tools.sandbox.modules import tier_of
+from opd_env.tools.sandbox.modules import Tier, tier_of
 from opd_env.tools.sandbox.output import OutputReader, check_code
 from opd_env.tools.sandbox.pool import SlotPool
-from opd_env.tools.sandbox.supervisor import SetUpFailed, Slot, session_request
+from opd_env.tools.sandbox.supervisor import Slot, session_request
 from opd_env.tools.sandbox.turnstile import Turnstile
 
 
@@ -36,6 +36,7 @@ class KernelSession(Session):
 
     def __init__(self, pool: SlotPool, turnstile: Turnstile, limits: Limits, seed: int) -> None:
         self._pool = pool
+        self._owner = os.getpid()
         self._turnstile = turnstile
         self._limits = limits
         self._seed = seed
@@ -79,8 +80,14 @@ class KernelSession(Session):
             return result
 
     def _start(self, cell: str) -> _Process:
+        """Starts the process; once more in a new slot if that fails."""
         tier = tier_of(cell)
-        slot = self._pool.take(tier)
+        try:
+            return self._start_in(tier, self._pool.take(tier))
+        except OSError:
+            return self._start_in(tier, self._pool.take(tier, fresh=True))
+
+    def _start_in(self, tier: Tier, slot: Slot) -> _Process:
         self._give_back = functools.partial(self._pool.give_back, tier, slot)
         try:
             return _Process(slot, self._limits, self._seed)
@@ -91,7 +98,7 @@ class KernelSession(Session):
     def _end(self) -> None:
         self._ended = True
         process, self._process = self._process, None
-        if process is not None:
+        if process is not None and os.getpid() == self._owner:  # a fork must leave its parent's alone
             process.close()
             self._give_back()
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import difflib
 import logging
+import platform
 import sys
 from enum import StrEnum
 
-from opd_env.tools.sandbox.base import Level, Limits, Sandbox, SandboxUnavailable
+from opd_env.tools.sandbox.base import NOBODY, Level, Limits, Sandbox, SandboxUnavailable, SetUpFailed
+from opd_env.tools.sandbox.guest.syscall_table import AUDIT_ARCH
 from opd_env.tools.sandbox.selftest import self_test
-from opd_env.tools.sandbox.supervisor import NOBODY, SetUpFailed
 from opd_env.tools.sandbox.unsafe import UnsafeSubprocess
 
 _logger = logging.getLogger(__name__)
@@ -72,6 +73,11 @@ def open_sandbox(
             f"The kernel sandbox needs Linux; this is {sys.platform}.",
             "Train in a Linux virtual machine or container. " + _OPT_IN,
         )
+    if platform.machine() not in AUDIT_ARCH:
+        raise SandboxUnavailable(
+            f"The kernel sandbox has no table of system calls for {platform.machine()}.",
+            f"Train on one of {', '.join(AUDIT_ARCH)}. {_OPT_IN}",
+        )
     if choice == SandboxKind.AUTO:
         levels = [Level.NAMESPACES] if least == Level.NAMESPACES else [Level.NAMESPACES, Level.LANDLOCK]
     else:
@@ -80,7 +86,7 @@ def open_sandbox(
     for level in levels:
         try:
             sandbox = _open_level(level, limits, slots)
-        except (SetUpFailed, NotImplementedError) as error:
+        except SetUpFailed as error:
             reasons.append(f"{level}: {error}")
         else:
             _logger.info("code sandbox: level %s, self-test passed", level)
@@ -93,7 +99,7 @@ def open_sandbox(
 
 def _open_level(level: Level, limits: Limits | None, slots: int | None) -> Sandbox:
     """Opens one level and attacks it; it is not handed out if anything gets through."""
-    # Only here: it needs calls of the kernel that other systems do not have.
+    # Imported only here: it needs calls of the kernel that other systems do not have.
     from opd_env.tools.sandbox.kernel_sandbox import KernelSandbox
 
     sandbox = KernelSandbox(level, limits, slots)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import threading
 
-from opd_env.tools.sandbox.base import Level
+from opd_env.tools.sandbox.base import Level, SetUpFailed
 from opd_env.tools.sandbox.modules import Tier, installed_packages
-from opd_env.tools.sandbox.supervisor import SetUpFailed, Slot, Zygote
+from opd_env.tools.sandbox.supervisor import Slot, Zygote
 
 _CALLS_PER_SLOT = 1000
 

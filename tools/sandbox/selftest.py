@@ -133,7 +133,7 @@ refused('limits', lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 
 """,
 }
 
-_SHORT = Limits(wall_s=0.3, output_bytes=1000)
+_SHORT = Limits(wall_s=0.5, output_bytes=1000)
 
 
 def self_test(sandbox: Sandbox, user: int) -> list[str]:

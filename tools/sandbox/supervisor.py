@@ -19,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 
-from opd_env.tools.sandbox.base import ExecResult, Limits, Status
+from opd_env.tools.sandbox.base import NOBODY, ExecResult, Limits, SetUpFailed, Status
 from opd_env.tools.sandbox.boot import guest_command, guest_environment
 from opd_env.tools.sandbox.guest import protocol
 from opd_env.tools.sandbox.guest.protocol import Report, Request
@@ -32,12 +32,6 @@ _SLOT_START_S = 10.0
 GRACE_S = 3.0
 """Seconds that a slot may be late with its report before it is killed and replaced."""
 _CPU_SLACK_S = 0.25
-NOBODY = 65534
-"""The user that the code runs as, if the trainer is root."""
-
-
-class SetUpFailed(RuntimeError):
-    """The kernel refused a step of the set-up; the text says which and how."""
 
 
 class Zygote:

@@ -34,7 +34,7 @@ ENDED = frozenset({Status.OK, Status.ERROR, Status.KILLED})
 CUT_OFF = frozenset({Status.TIMEOUT, Status.CPU_LIMIT, Status.KILLED})
 TOO_MUCH = frozenset({Status.OUTPUT_LIMIT})
 FAILED = frozenset({Status.ERROR, Status.KILLED})
-SHORT = Limits(wall_s=0.25)
+SHORT = Limits(wall_s=0.3)
 
 
 @dataclass(frozen=True)

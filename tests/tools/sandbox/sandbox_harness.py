@@ -22,10 +22,10 @@ from pathlib import Path
 from sandbox_attacks import ATTACKS, PRELUDE, Attack
 
 from opd_env.tools.sandbox import ExecResult, Level, Limits, Status
+from opd_env.tools.sandbox.base import NOBODY
 from opd_env.tools.sandbox.canaries import Canaries
 from opd_env.tools.sandbox.guest.syscall_table import AUDIT_ARCH
 from opd_env.tools.sandbox.kernel_sandbox import KernelSandbox
-from opd_env.tools.sandbox.supervisor import NOBODY
 
 MODES = ("one-shot", "session")
 _DIGEST = hashlib.sha256(b"-4e1b77c0a95d").hexdigest()[:16]

@@ -79,6 +79,8 @@ def test_a_dead_slot_is_replaced(sandbox):
     for slots in pool._idle.values():
         for slot in slots:
             signal.pidfd_send_signal(slot._handle, signal.SIGKILL)
+    with sandbox.session() as session:
+        assert session.run("1").output == "1\n"
     assert sandbox.run("print(2)").output == "2\n"
 
 
