@@ -75,8 +75,11 @@ class Limits:
     code_bytes: int = 262_144
     """Bytes of code; more than that is refused."""
     threads: int = 50
-    """Threads at one time, beside the first; processes are never allowed. With ``landlock`` about 1,000 more are possible: the kernel counts all
-    threads of the user together, and those of the trainer may grow in number."""
+    """Threads at one time, beside the first; processes are never allowed.
+
+    With ``landlock`` about 1,000 more are possible: the kernel counts all threads of the user together, and those of
+    the trainer may grow in number.
+    """
     session_s: float = 600.0
     """Seconds that a session may live."""
     session_cells: int = 100
