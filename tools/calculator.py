@@ -10,7 +10,8 @@ Worked example::
 What is read: whole and decimal numbers, ``+ - * / // % **``, the sign ``-`` and brackets, with Python's meaning and
 precedence (``//`` rounds down, ``%`` takes the sign of the divisor). Because models write them: ``× ÷ −`` as
 operators, commas between groups of three digits (``1,000``), and ``$`` before a number. Anything else is an error
-that says what to write instead: a percentage (``20%``), ``^``, ``=``, names, other digits than 0-9.
+that says what to write instead: what may be a percentage (``20%``, ``20% - 5``; a remainder by a negative number
+takes brackets, ``7 % (-3)``), ``^``, ``=``, names, other digits than 0-9.
 
 How numbers are written: whole ones as ``42``; a decimal expansion that ends within 20 places in full, as ``0.125``;
 any other value rounded (half to even) to 10 places, or to 10 significant digits when it is smaller than 1.

@@ -200,6 +200,7 @@ def python_value(expression: str) -> Fraction | None:
 
 @given(expressions)
 def test_it_agrees_with_python_on_fractions(expression: str) -> None:
+    expression = expression.replace("%-", "%0-")  # "20%-5" may be meant as a percentage, and is refused
     expected = python_value(expression)
     if expected is None:
         with pytest.raises(CalculatorError, match="division by zero"):

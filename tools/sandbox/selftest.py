@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import os
 import platform
+import sysconfig
 
 from opd_env.tools.sandbox.base import ExecResult, Limits, Sandbox, Status
 from opd_env.tools.sandbox.canaries import Canaries
 from opd_env.tools.sandbox.guest.syscall_table import AUDIT_ARCH
+from opd_env.tools.sandbox.modules import installed_packages
 
 _PRELUDE = """
 import ctypes, os, resource, signal, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
-SECRET, OWN, FOLDER, ABSTRACT, TCP, UDP, TRAINER, COLUMN = {facts!r}
+SECRET, OWN, FOLDER, ABSTRACT, TCP, UDP, TRAINER, COLUMN, VISIBLE = {facts!r}
 def refused(what, action):
     try:
         answer = action()
@@ -40,8 +42,14 @@ for path in (SECRET, '/etc/passwd', '/proc/self/environ', '/proc/1/cmdline', f'/
     refused(path, lambda: open(path))
 """,
     "list folders": """
-for path in (FOLDER, '/home', '/tmp', '/proc', '/root/.ssh'):
+for path in (FOLDER, '/proc', '/root/.ssh'):
     refused(path, lambda: os.listdir(path))
+# The interpreter and its packages may lie in these: the way to them is seen, and nothing else.
+def strangers(path):
+    names = os.listdir(path)
+    return [name for name in names if not any(f'{own}/'.startswith(f'{path}/{name}/') for own in VISIBLE)] or -1
+for path in ('/home', '/tmp'):
+    refused(path, lambda: strangers(path))
 """,
     "change files": """
 refused('write', lambda: open(OWN, 'w'))
@@ -149,10 +157,13 @@ def self_test(sandbox: Sandbox, user: int) -> list[str]:
         if not held:
             failures.append(f"{name}: {result.status}, {result.output.strip()[:300]!r}")
 
+    packages = installed_packages()
+    library = os.path.realpath(sysconfig.get_path("stdlib"))
+    visible = [library, *packages.folders.values(), *packages.libraries]
     with Canaries(user) as canaries:
         facts = (
             canaries.secret, canaries.own, canaries.folder, canaries.abstract, canaries.tcp_port, canaries.udp_port,
-            os.getpid(), list(AUDIT_ARCH).index(platform.machine()),
+            os.getpid(), list(AUDIT_ARCH).index(platform.machine()), visible,
         )  # fmt: skip
         prelude = _PRELUDE.format(facts=facts)
         for name, code in _ATTACKS.items():

@@ -1,9 +1,12 @@
 """Which sandbox is opened, and what is said where none works."""
 
+import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -116,7 +119,7 @@ def test_the_self_test_believes_neither_an_escape_nor_silence_nor_a_failure():
 def test_the_self_test_sees_a_canary_that_was_touched():
     class Touches(Answers):
         def run(self, code, **options):
-            facts = code.split("COLUMN = ", 1)
+            facts = code.split("VISIBLE = ", 1)
             if len(facts) == 2:
                 own = eval(facts[1].split("\n")[0])[1]
                 os.utime(own, (0, 0))
@@ -160,3 +163,36 @@ def test_a_sandbox_that_fails_its_self_test_is_not_handed_out(monkeypatch):
     monkeypatch.setattr(opening, "self_test", lambda sandbox, user: ["network: ok, 'ESCAPED TCP'"])
     with pytest.raises(SandboxUnavailable, match="ESCAPED TCP"):
         open_sandbox()
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_an_environment_in_a_shared_folder_is_no_escape(level):
+    """Packages may lie below /tmp or /home: the way to them is seen, their neighbours are not."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)  # as an environment that other users may read
+        shutil.copytree(os.path.dirname(importlib.util.find_spec("mpmath").origin), f"{folder}/mpmath")
+        open(f"{folder}/neighbour", "w").close()
+        _open_with_packages_in(folder, level)
+
+
+def _open_with_packages_in(folder, level):
+    code = f"""
+from opd_env.tools.sandbox import SandboxUnavailable, open_sandbox
+try:
+    with open_sandbox({level!r}) as sandbox:
+        print(sandbox.run("import os; print(os.path.exists({f"{folder}/neighbour"!r}), end='')").output)
+except SandboxUnavailable as error:
+    print(error)
+"""
+    path = os.pathsep.join([folder, os.getcwd()])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "list folders" not in done.stdout
+    if level == "namespaces" and "False" not in done.stdout:
+        pytest.skip(f"{level} does not work here: {done.stdout.strip()}")
