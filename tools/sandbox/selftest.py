@@ -157,9 +157,9 @@ def self_test(sandbox: Sandbox, user: int) -> list[str]:
         if not held:
             failures.append(f"{name}: {result.status}, {result.output.strip()[:300]!r}")
 
-    packages = installed_packages()
     library = os.path.realpath(sysconfig.get_path("stdlib"))
-    visible = [library, *packages.folders.values(), *packages.libraries]
+    # The folders that hold the packages: a package's own name in the code would choose the tier that imports it.
+    visible = sorted({library, *map(os.path.dirname, installed_packages().folders.values())})
     with Canaries(user) as canaries:
         facts = (
             canaries.secret, canaries.own, canaries.folder, canaries.abstract, canaries.tcp_port, canaries.udp_port,
