@@ -117,6 +117,11 @@ def evaluate(
     limits = limits or RolloutLimits()
     problems = len(task) if limit is None else min(limit, len(task))
     index_of = {task[index].id: index for index in range(problems)}
+    if len(index_of) < problems:
+        raise ValueError(
+            f"task {task.name!r} has {len(index_of)} different ids for its first {problems} examples; results are kept "
+            "by id, so every example needs its own"
+        )
     settings = _settings(task, chat, model, samples, tools, limits, sampling, seed)
     started = time.perf_counter()
     finished: dict[tuple[str, int], Trajectory] = {}
@@ -124,7 +129,7 @@ def evaluate(
         _claim(Path(folder), settings)
         finished = {(one.example_id, one.sample): one for one in _stored(Path(folder)) if one.example_id in index_of}
     missing = [
-        index for key, index in index_of.items() if any((key, sample) not in finished for sample in range(samples))
+        (index, sample) for key, index in index_of.items() for sample in range(samples) if (key, sample) not in finished
     ]
     errors: list[EpisodeError] = []
     if missing:
@@ -132,18 +137,15 @@ def evaluate(
             writer = None if folder is None else stack.enter_context(TrajectoryWriter(folder, _TRAJECTORIES))
 
             def keep(trajectory: Trajectory) -> None:
-                key = (trajectory.example_id, trajectory.sample)
-                if key in finished:  # of a problem that an earlier run had finished in part
-                    return
                 if writer is not None:
                     writer.append(trajectory)
-                finished[key] = trajectory
+                finished[trajectory.example_id, trajectory.sample] = trajectory
                 if progress is not None:
                     progress(len(finished), problems * samples)
 
             errors = rollout(
-                task, engine, chat, indices=missing, samples=samples, tools=tools, limits=limits,
-                sampling=sampling, seed=seed, on_finished=keep,
+                task, engine, chat, episodes=missing, tools=tools, limits=limits, sampling=sampling, seed=seed,
+                on_finished=keep,
             ).errors  # fmt: skip
     trajectories = sorted(finished.values(), key=lambda one: (index_of[one.example_id], one.sample))
     result = EvaluationResult(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,7 @@ def rollout(
     *,
     indices: Iterable[int] | None = None,
     samples: int = 1,
+    episodes: Iterable[tuple[int, int]] | None = None,
     tools: Sequence[str | Tool] | None = None,
     limits: RolloutLimits | None = None,
     sampling: SamplingParams | None = None,
@@ -95,20 +97,30 @@ def rollout(
         task: the problems.
         engine: samples the student's turns; idle.
         chat: the format of the student's tokenizer.
-        indices: which examples; all by default. An index may stand more than once.
+        indices: which examples; all by default. An index that stands again gets further samples of its example.
         samples: episodes of each.
+        episodes: pairs of index and sample number, instead of ``indices`` and ``samples``: for callers that share
+            the episodes of a batch, or play some of them later.
         tools: what the student may call; by default the task's own.
         limits: budgets; ``limits.max_turn_tokens`` replaces ``sampling.max_tokens``.
         sampling: temperature and truncation; by default temperature 1.
         seed: every episode's random numbers follow from it, the example's id and the sample's number.
         tool_workers: threads that run tools, so that a slow one holds only its own episode. With 0 they run in
             turn in this thread, which makes a rollout reproducible to the bit.
-        on_finished: called with every trajectory as soon as it is finished, in this thread.
+        on_finished: called with every trajectory as soon as it is finished, in this thread. What it raises ends the
+            rollout: a trajectory that cannot be stored is no failure of its episode.
+
+    Raises:
+        ValueError: ``episodes`` is given together with ``indices`` or ``samples``.
     """
+    if episodes is None:
+        episodes = _numbered(range(len(task)) if indices is None else indices, samples)
+    elif indices is not None or samples != 1:
+        raise ValueError("give episodes, or indices and samples, not both")
     return _Rollout(
         task, engine, chat, tools, limits or RolloutLimits(), sampling or SamplingParams(), seed, on_finished
     ).run(
-        [(index, sample) for index in (range(len(task)) if indices is None else indices) for sample in range(samples)],
+        list(episodes),
         tool_workers,
     )
 
@@ -131,6 +143,7 @@ class _Rollout:
         self.limits, self.sampling, self.seed = limits, sampling, seed
         self.on_finished = on_finished
         self.finished: dict[int, Trajectory] = {}
+        self.unreported: list[Trajectory] = []
         self.errors: list[EpisodeError] = []
         self.live: dict[int, _Episode] = {}
         self.playing: dict[Future[Any], tuple[_Episode, ParsedTurn, float]] = {}
@@ -156,6 +169,7 @@ class _Rollout:
                 for future in [future for future in self.playing if future.done()]:
                     episode, parsed, before = self.playing.pop(future)
                     self._guard(episode, self._turn_played, parsed, future.result, time.perf_counter() - before)
+                self._report()
         finally:
             for key in list(self.live):
                 self.engine.release(key)
@@ -245,8 +259,14 @@ class _Rollout:
         )
         self._close(episode)
         self.finished[episode.key] = trajectory
+        self.unreported.append(trajectory)
+
+    def _report(self) -> None:
+        """Hands over what has finished; outside ``_guard``, so that a full disk is not taken for a bad episode."""
+        finished, self.unreported = self.unreported, []
         if self.on_finished is not None:
-            self.on_finished(trajectory)
+            for trajectory in finished:
+                self.on_finished(trajectory)
 
     def _close(self, episode: _Episode) -> None:
         self.engine.release(episode.key)
@@ -263,6 +283,16 @@ class _Rollout:
             self._close(episode)
             message = f"{type(error).__name__}: {error}"
             self.errors.append(EpisodeError(episode.example.id, episode.sample, message))
+
+
+def _numbered(indices: Iterable[int], samples: int) -> list[tuple[int, int]]:
+    """Pairs of index and sample number; a repeated index goes on counting, for samples of one number are the same."""
+    seen: Counter[int] = Counter()
+    pairs = []
+    for index in indices:
+        pairs += [(index, seen[index] + sample) for sample in range(samples)]
+        seen[index] += samples
+    return pairs
 
 
 def episode_seed(seed: int, example_id: str, sample: int) -> int:

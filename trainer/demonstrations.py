@@ -13,7 +13,6 @@ Test it alone: ``pytest tests/trainer/test_demonstrations.py``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -127,17 +126,16 @@ class TaskPrompts:
     Args:
         tasks: where the trajectories come from: the training task, and the one that is evaluated on.
         chat: writes the prompts.
-        tools: as for the rollouts; the first task's own when None.
+        tools: as for the rollouts; when None, what the task offers for each example.
     """
 
     def __init__(self, tasks: Sequence[Task], chat: ChatFormat, tools: Sequence[str | Tool] | None = None) -> None:
         self._names = " and ".join(f"{task.name!r} ({task.split})" for task in tasks)
         self._chat = chat
-        with Toolbox(tasks[0].tools if tools is None else tools) as toolbox:
-            self._schemas = toolbox.schemas
+        self._tools = tools
         # Two splits may use the same id for different questions.
-        self._known: dict[tuple[str, str], Example] = {}
-        self._rest: Iterator[Example] = chain.from_iterable(tasks)
+        self._known: dict[tuple[str, str], tuple[Task, Example]] = {}
+        self._rest: Iterator[tuple[Task, Example]] = ((task, example) for task in tasks for example in task)
 
     def __call__(self, trajectory: Trajectory) -> list[int]:
         """Token ids of the prompt.
@@ -147,8 +145,10 @@ class TaskPrompts:
         """
         key = (trajectory.example_id, trajectory.question)
         while key not in self._known:
-            example = next(self._rest, None)
-            if example is None:
+            found = next(self._rest, None)
+            if found is None:
                 raise ValueError(f"task {self._names} has no example {trajectory.example_id!r} with this question")
-            self._known[example.id, example.messages[-1]["content"]] = example
-        return self._chat.render_prompt(self._known[key].messages, self._schemas)
+            self._known[found[1].id, found[1].messages[-1]["content"]] = found
+        task, example = self._known[key]
+        with Toolbox(task.tools_of(example) if self._tools is None else self._tools) as toolbox:
+            return self._chat.render_prompt(example.messages, toolbox.schemas)

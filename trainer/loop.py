@@ -21,6 +21,7 @@ Test it alone: ``pytest tests/trainer/test_loop.py``
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -173,16 +174,15 @@ class OPDTrainer:
     def _rollout(self, step: int) -> RolloutResult:
         """This process's share of the step's episodes, by the student as it is."""
         config, accelerator = self.config, self.accelerator
-        problems = config.episodes_per_step // config.samples_per_problem
-        mine = range(accelerator.process_index, problems, accelerator.num_processes)
+        samples = config.samples_per_problem
+        mine = self._problems(step)[accelerator.process_index :: accelerator.num_processes]
         name = f"step_{step + 1:08d}" + (f"_process_{accelerator.process_index}" if accelerator.process_index else "")
         with TrajectoryWriter(self.folder.path / "trajectories", name, overwrite=True) as writer:
             result = rollout(
                 self.parts.task,
                 self.engine,
                 self.parts.chat,
-                indices=[self._problem(step, offset) for offset in mine],
-                samples=config.samples_per_problem,
+                episodes=[(index, before * samples + sample) for index, before in mine for sample in range(samples)],
                 tools=config.tools,
                 limits=config.limits,
                 sampling=SamplingParams(temperature=config.temperature),
@@ -194,19 +194,29 @@ class OPDTrainer:
             self.display.warn(f"step {step + 1}: {len(result.errors)} episodes failed; the first: {error.message}")
         return result
 
-    def _problem(self, step: int, offset: int) -> int:
-        """Index in the task of a step's problem."""
-        problems = self.config.episodes_per_step // self.config.samples_per_problem
-        return problem_at(step * problems + offset, len(self.parts.task), self.config.seed)
+    def _problems(self, step: int) -> list[tuple[int, int]]:
+        """Index in the task of each of a step's problems, and how often it stood in the step before.
+
+        A problem stands twice where a step reaches into the next pass over the task, or is larger than the task.
+        """
+        count = self.config.episodes_per_step // self.config.samples_per_problem
+        places = range(step * count, (step + 1) * count)
+        indices = [problem_at(place, len(self.parts.task), self.config.seed) for place in places]
+        seen: Counter[int] = Counter()
+        problems = []
+        for index in indices:
+            problems.append((index, seen[index]))
+            seen[index] += 1
+        return problems
 
     def _shares(self, step: int, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
         """A step's episodes by update: blocks of its problems, the same for any number of processes."""
-        updates = self.config.updates_per_step
-        problems = self.config.episodes_per_step // self.config.samples_per_problem
-        offsets = {self.parts.task[self._problem(step, offset)].id: offset for offset in range(problems)}
+        updates, problems = self.config.updates_per_step, self._problems(step)
+        offsets = {(self.parts.task[index].id, before): offset for offset, (index, before) in enumerate(problems)}
         shares: list[list[Trajectory]] = [[] for _ in range(updates)]
         for trajectory in trajectories:
-            shares[offsets[trajectory.example_id] * updates // problems].append(trajectory)
+            before = trajectory.sample // self.config.samples_per_problem
+            shares[offsets[trajectory.example_id, before] * updates // len(problems)].append(trajectory)
         return shares
 
     def _rate(self) -> float:

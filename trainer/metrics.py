@@ -30,6 +30,7 @@ from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.loss import loss_statistics
 from opd_env.trainer.objective import TokenValues
 from opd_env.trajectory import TokenKind, Trajectory
+from opd_env.trajectory_files import explained, whole_or_nothing
 
 _KINDS = {"text": TokenKind.TEXT, "thinking": TokenKind.THINKING, "tool_call": TokenKind.TOOL_CALL}
 
@@ -112,16 +113,14 @@ class MetricsLog:
 
     def __init__(self, path: str | Path, last_step: int = 0) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= last_step]
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text("".join(lines), encoding="utf-8")
-        os.replace(unfinished, self.path)
+        with explained(self.path), whole_or_nothing(self.path) as unfinished:
+            unfinished.write_text("".join(lines), encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one step; numbers that are not finite become null, which every JSON reader knows."""
         values = {name: _json(value) for name, value in row.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with explained(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

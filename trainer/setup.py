@@ -107,7 +107,7 @@ def make_parts(
 
 def _require_room(task: Task, chat: ChatFormat, config: OPDConfig) -> None:
     """Refuses unknown tools, and prompts that leave no room for an answer."""
-    with Toolbox(task.tools if config.tools is None else config.tools) as toolbox:
+    with Toolbox(task.tools_of(task[0]) if config.tools is None else config.tools) as toolbox:
         length = len(chat.render_prompt(task[0].messages, toolbox.schemas))
     if length >= config.limits.max_tokens:
         raise ConfigError(

@@ -67,14 +67,16 @@ class HermesFormat(ChatFormat):
         """See ``ChatFormat``. Special tokens written in a message are plain text to the model."""
         if tools and not self._template_knows_tools:
             messages, tools = _with_tool_section(messages, tools), ()
-        hostile = any(self._text.holds_special(message["content"]) for message in messages)
-        if not hostile:
-            return self._text.encode([Piece(self._template(messages, tools))]).ids
-        # Private-use markers stand for the messages, so that the template's own tokens can be told from theirs.
-        marked = [{**message, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)]
+        # Private-use markers stand for messages that hold the text of special tokens, so that the template's own can
+        # be told from theirs. All others stay: a template may look at them, to see whether one is empty.
+        hostile = {index: one for index, one in enumerate(messages) if self._text.holds_special(one["content"])}
+        marked = [
+            {**message, "content": f"\ue000{index}\ue001"} if index in hostile else message
+            for index, message in enumerate(messages)
+        ]
         rest = self._template(marked, tools)
         pieces = []
-        for index, message in enumerate(messages):
+        for index, message in hostile.items():
             before, marker, rest = rest.partition(f"\ue000{index}\ue001")
             if not marker:
                 raise ValueError(f"the chat template of {self._tokenizer.name_or_path!r} drops message {index}")

@@ -287,3 +287,12 @@ def test_a_sigkill_loses_no_finished_episode(tmp_path: Path) -> None:
     played: list[int] = []
     assert run(task=Doubles(40), folder=tmp_path, engine=student(played=played)).summary.n == 40
     assert len(played) == 40 - survived
+
+
+def test_ids_that_stand_twice_are_refused() -> None:
+    class Same(Doubles):
+        def example(self, index: int) -> Example:
+            return replace(super().example(index), id="same")
+
+    with pytest.raises(ValueError, match="1 different ids for its first 12 examples"):
+        evaluate(Same(), student(), CHAT)

@@ -21,10 +21,13 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+MINDFUL_TEMPLATE = PLAIN_TEMPLATE.replace("message.content +", "(message.content or '(nothing)') +")
+assert MINDFUL_TEMPLATE != PLAIN_TEMPLATE
 TOKENIZERS = {
     "tags are tokens": tiny_tokenizer(),
     "tags are text": tiny_tokenizer(tags_are_tokens=False),
     "template without tools": tiny_tokenizer(tags_are_tokens=False, template=PLAIN_TEMPLATE),
+    "template that minds empty messages": tiny_tokenizer(tags_are_tokens=False, template=MINDFUL_TEMPLATE),
 }
 FORMATS = {name: get_format(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 every_format = pytest.mark.parametrize("name", FORMATS)
@@ -79,6 +82,12 @@ def test_a_prompt_is_the_template_with_messages_as_text(name: str, question: str
     if not any("<" in message["content"] for message in messages):
         assert ids == tokenizer.encode(text, add_special_tokens=False)
     assert sum(index in chat.stop_token_ids for index in ids) == len(messages)
+
+
+def test_an_empty_message_beside_hostile_text_is_what_the_template_makes_of_it() -> None:
+    chat = FORMATS["template that minds empty messages"]
+    text = chat.decode(chat.render_prompt([system(""), user("a <|im_end|> b")]))
+    assert text.startswith("<|im_start|>system\n(nothing)<|im_end|>\n<|im_start|>user\na <|im_end|> b<|im_end|>")
 
 
 def test_a_template_without_tools_gets_a_tool_section() -> None:

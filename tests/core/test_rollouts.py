@@ -266,3 +266,28 @@ def test_sampling_may_be_greedy() -> None:
         Doubles(), engine, CHAT, indices=[1], samples=2, limits=limits, sampling=SamplingParams(temperature=0)
     ).trajectories
     assert first.token_ids.tolist() == second.token_ids.tolist()
+
+
+def test_a_trajectory_that_cannot_be_stored_ends_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in production, where failures of an episode are counted: a full disk is no failure of an episode."""
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+
+    def store(trajectory: Trajectory) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        play("6", on_finished=store)
+
+
+def test_an_index_that_stands_again_gets_another_sample() -> None:
+    engine = LocalEngine(tiny_llama(), CHAT.stop_token_ids, CHAT.vocab_size)
+    limits = RolloutLimits(max_turn_tokens=12, max_tokens=300)
+    twice = rollout(Doubles(), engine, CHAT, indices=[4, 1, 4], samples=2, limits=limits, tool_workers=0).trajectories
+    assert [(one.example_id, one.sample) for one in twice] == [
+        ("4", 0), ("4", 1), ("1", 0), ("1", 1), ("4", 2), ("4", 3),
+    ]  # fmt: skip
+    assert len({tuple(one.token_ids.tolist()) for one in twice if one.example_id == "4"}) == 4
+    (third,) = rollout(Doubles(), engine, CHAT, episodes=[(4, 2)], limits=limits, tool_workers=0).trajectories
+    assert third.token_ids.tolist() == twice[4].token_ids.tolist()
+    with pytest.raises(ValueError, match="not both"):
+        rollout(Doubles(), engine, CHAT, indices=[1], episodes=[(1, 0)])

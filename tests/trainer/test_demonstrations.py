@@ -109,3 +109,14 @@ def test_a_whole_run_scores_held_out_episodes_after_demonstrations(tmp_path):
     ).train()
     assert results["after"]["n"] == config.eval_problems
     assert (tmp_path / "run" / "evaluations" / "after" / "log_ratios.json").exists()
+
+
+def test_a_teacher_reads_the_tools_that_an_example_brings():
+    class OwnTools(Numbered):
+        def tools_of(self, example):
+            return ["python"]
+
+    task = OwnTools("train")
+    trajectory = play_expert(task, 0, CHAT)
+    assert "Tools: python" in CHAT.decode(trajectory.token_ids.tolist())
+    assert TaskPrompts([task], CHAT)(trajectory) == trajectory.token_ids[trajectory.turn == 0].tolist()

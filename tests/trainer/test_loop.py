@@ -188,6 +188,23 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
         trainer_of(toy_config(config.output, eval_every=2, learning_rate=0.5))
 
 
+def test_a_step_larger_than_its_task_samples_every_problem_anew(tmp_path):
+    """Twelve problems, sixteen a step, two episodes each: no episode is another's copy, on any number of processes."""
+    config = toy_config(
+        tmp_path / "run", steps=1, episodes_per_step=32, samples_per_problem=2, updates_per_step=4, checkpoint_every=0
+    )
+    trainer = trainer_of(config)
+    trainer.train()
+    episodes = load_trajectories(Path(config.output) / "trajectories")
+    assert len({(one.example_id, one.sample) for one in episodes}) == len(episodes) == 32
+    assert len({tuple(one.token_ids.tolist()) for one in episodes}) == 32
+    shares = trainer._shares(0, list(episodes))
+    assert [len(share) for share in shares] == [8, 8, 8, 8]
+    for share in shares:  # a problem's two episodes stay together
+        groups = [(one.example_id, one.sample // 2) for one in share]
+        assert all(groups.count(group) == 2 for group in groups)
+
+
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="exists and holds no run"):
@@ -196,7 +213,8 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"divergence": "jsd"}, {"updates_per_step": 2}, {"estimator": "sampled", "episodes_per_step": 32}]
+    "changes",
+    [{"divergence": "jsd"}, {"updates_per_step": 2}, {"estimator": "sampled", "episodes_per_step": 32, "steps": 36}],
 )
 def test_the_teacher_kl_on_the_students_own_tokens_falls(tmp_path, changes):
     settings = {"steps": 12, "episodes_per_step": 8, "learning_rate": 1e-2, "checkpoint_every": 0, **changes}

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from opd_env.store import StoreError
 from opd_env.tools import ToolErrorKind
 from opd_env.trainer.metrics import MetricsLog, read_metrics, rollout_metrics, teacher_metrics, token_metrics
 from opd_env.trainer.objective import TokenValues
@@ -120,3 +122,12 @@ def test_a_new_log_starts_empty(tmp_path):
 
 def test_kinds_of_the_episodes_above_are_consistent():
     assert [int(np.sum(one.kind == TokenKind.TOOL_CALL)) for one in EPISODES] == [2, 2, 0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_sentence(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(StoreError, match="No space left on device; free space"):
+        log.write({"step": 1})
