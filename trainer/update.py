@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd_env.errors import UserError
 from opd_env.trainer.batch import Head, MicroBatch, PolicyModule, Row, make_batch, num_sampled, pack
 from opd_env.trainer.config import Schedule
 
@@ -33,7 +34,7 @@ Objective = Callable[[MicroBatch, Tensor, Head, float], Tensor]
 """Called with a micro-batch, its hidden states ``[N, H]``, the head, and what to divide the sum by."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on; the message says why and what to change."""
 
 

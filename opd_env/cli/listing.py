@@ -60,8 +60,8 @@ def _first_line(name: str) -> str:
 
     try:
         return get_tool(name).description.splitlines()[0]
-    except ValueError as error:  # a tool that needs options, such as passages to search
-        return str(error)
+    except ValueError as error:  # a tool that is made of something, such as passages to search
+        return str(error).removeprefix(f"tool {name!r}: ")
 
 
 def _tasks(arguments: Sequence[str]) -> int:

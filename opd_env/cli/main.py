@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from opd_env.cli.offline import go_offline_without_network
+from opd_env.errors import UserError
 
 COMMANDS = {
     "train": ("opd_env.cli.train", "distil a student: settings from YAML files and --options"),
@@ -26,6 +27,9 @@ COMMANDS = {
     "doctor": ("opd_env.cli.doctor", "say what this machine can do"),
 }
 """Name to the module that holds ``run(command, arguments) -> exit code``, and a line of help."""
+
+
+_FOR_USERS = (ValueError, OSError, ImportError, UserError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if os.environ.get("OPD_ENV_TRACEBACK") or not _is_for_users(error):
-            raise
+        if os.environ.get("OPD_ENV_TRACEBACK") or not isinstance(error, _FOR_USERS):
+            raise  # a bug keeps its traceback
         return _fail(str(error))
 
 
@@ -66,17 +70,6 @@ def _run(words: list[str]) -> int:
         go_offline_without_network()
     code: int = importlib.import_module(COMMANDS[command][0]).run(command, rest)
     return code
-
-
-def _is_for_users(error: Exception) -> bool:
-    """Errors that are raised with a sentence for the user. Anything else is a bug and keeps its traceback."""
-    from opd_env.tools.sandbox import SandboxUnavailable
-
-    if isinstance(error, ValueError | OSError | ImportError | SandboxUnavailable):
-        return True
-    # These live in modules that import torch; when one was raised, its module is there.
-    users = {"ModelUnavailable", "StoreError", "CheckpointError", "TrainingError"}
-    return any(base.__name__ in users for base in type(error).__mro__)
 
 
 def _fail(sentence: str) -> int:

@@ -14,70 +14,26 @@ from typing import TYPE_CHECKING, Any
 
 from opd_env.configuration import ConfigError, configure, import_files
 from opd_env.limits import RolloutLimits
+from opd_env.tasks import load_task
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from opd_env.formats import ChatFormat
     from opd_env.local_engine import LocalEngine
-    from opd_env.tasks import Task
     from opd_env.trajectory import Trajectory
 
 
-@dataclass(frozen=True)
-class EvalSettings:
-    """Scores a model on tasks, with 95 % intervals. Stopped at any time, the same command continues."""
+@dataclass(frozen=True, kw_only=True)
+class PlaySettings:
+    """What both commands need."""
 
     model: str
     """packaged:student, packaged:teacher, smollm2, a folder that save_pretrained wrote, or a hub id."""
-    task: tuple[str, ...]
-    """Names of tasks, as a,b."""
-    task_options: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the tasks, such as a data file or difficulty levels."""
-    split: str = "test"
-    """Split of the tasks."""
-    problems: int | None = None
-    """How many problems, the first of the split; null takes all."""
-    samples: int = 1
-    """Episodes per problem; more than 1 needs a temperature above 0."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 takes the most likely token."""
-    tools: tuple[str, ...] | None = None
-    """Names of the tools on offer; null takes each task's own."""
-    imports: tuple[str, ...] = ()
-    """Python files to run first, so that their @tool and @register_task take effect."""
-    limits: RolloutLimits = field(default_factory=RolloutLimits)
-    """Budgets of an episode."""
-    seed: int = 0
-    """Seed of the sampling."""
-    dtype: str = "float32"
-    """Number format of the weights."""
-    concurrent_episodes: int = 32
-    """Episodes played side by side; memory grows with it."""
-    output: str = "runs/eval"
-    """Results go to output/MODEL/TASK."""
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """Plays a few episodes as training would, and shows every token's kind."""
-
-    model: str
-    """packaged:student, packaged:teacher, smollm2, a folder that save_pretrained wrote, or a hub id."""
-    task: str
-    """Name of the task."""
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the task, such as a data file or difficulty levels."""
-    split: str = "train"
-    """Split of the task."""
-    first: int = 0
-    """Number of the first problem."""
-    problems: int = 3
-    """How many problems."""
     samples: int = 1
-    """Episodes per problem."""
-    temperature: float = 1.0
-    """Sampling temperature; training uses 1."""
+    """Episodes per problem; more than 1 needs a temperature above 0."""
     tools: tuple[str, ...] | None = None
     """Names of the tools on offer; null takes the task's own."""
     imports: tuple[str, ...] = ()
@@ -88,6 +44,40 @@ class RolloutSettings:
     """Seed of the sampling."""
     dtype: str = "float32"
     """Number format of the weights."""
+    concurrent_episodes: int = 32
+    """Episodes played side by side; memory grows with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(PlaySettings):
+    """Scores a model on tasks, with 95 % intervals. Stopped at any time, the same command continues."""
+
+    task: tuple[str, ...]
+    """Names of tasks, as a,b."""
+    split: str = "test"
+    """Split of the tasks."""
+    problems: int | None = None
+    """How many problems, the first of the split; null takes all."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the most likely token."""
+    output: str = "runs/eval"
+    """Results go to output/MODEL/TASK."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings(PlaySettings):
+    """Plays a few episodes as training would, and shows every token's kind."""
+
+    task: str
+    """Name of the task."""
+    split: str = "train"
+    """Split of the task."""
+    first: int = 0
+    """Number of the first problem."""
+    problems: int = 3
+    """How many problems."""
+    temperature: float = 1.0
+    """Sampling temperature; training uses 1."""
     output: str | None = None
     """Parquet file to save the trajectories to."""
 
@@ -106,8 +96,8 @@ def _evaluate(settings: EvalSettings) -> int:
     from opd_env.evaluation import evaluate, results_table
 
     import_files(settings.imports)
-    tasks = [_load(name, settings.split, settings.task_options) for name in settings.task]
-    engine, chat = _open(settings.model, settings.dtype, settings.concurrent_episodes)
+    tasks = [load_task(name, settings.split, **settings.task_options) for name in settings.task]
+    engine, chat = _open(settings)
     console = Console()
     results = []
     for task in tasks:
@@ -144,9 +134,9 @@ def _rollout(settings: RolloutSettings) -> int:
     from opd_env.store import save_trajectories
 
     import_files(settings.imports)
-    task = _load(settings.task, settings.split, settings.task_options)
+    task = load_task(settings.task, settings.split, **settings.task_options)
     last = min(settings.first + settings.problems, len(task))
-    engine, chat = _open(settings.model, settings.dtype, capacity=32)
+    engine, chat = _open(settings)
     with _progress(f"{task.name} ({task.split})") as advance:
         finished: list[Trajectory] = []
 
@@ -178,24 +168,19 @@ def _rollout(settings: RolloutSettings) -> int:
     return 1 if result.errors else 0
 
 
-def _load(name: str, split: str, options: Mapping[str, Any]) -> Task:
-    from opd_env.tasks import load_task
-
-    return load_task(name, split, **options)
-
-
-def _open(model: str, dtype: str, capacity: int) -> tuple[LocalEngine, ChatFormat]:
+def _open(settings: PlaySettings) -> tuple[LocalEngine, ChatFormat]:
     import torch
 
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16")
+    if not isinstance(getattr(torch, settings.dtype, None), torch.dtype):
+        raise ConfigError(f"dtype={settings.dtype!r} is unknown; use float32, bfloat16 or float16")
     from opd_env.formats import get_format
     from opd_env.local_engine import LocalEngine
     from opd_env.models import load_model
 
-    loaded = load_model(model, dtype=dtype)
+    loaded = load_model(settings.model, dtype=settings.dtype)
     chat = get_format(loaded.tokenizer)
-    return LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, capacity), chat
+    engine = LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, settings.concurrent_episodes)
+    return engine, chat
 
 
 @contextmanager

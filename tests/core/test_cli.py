@@ -143,3 +143,13 @@ def test_rollout_shows_episodes_and_saves_them(tmp_path: Path, capsys: pytest.Ca
     from opd_env.store import load_trajectories
 
     assert len(load_trajectories(file)) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "rollout"])
+def test_every_setting_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Inherited ones too: after a name stand its help text and its type, never the type alone."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    entries = capsys.readouterr().out.split("\n  --")[1:]
+    bare = [entry.split()[0] for entry in entries if " ".join(entry.split()).split(" ", 2)[2:][0].startswith("(type:")]
+    assert bare == []

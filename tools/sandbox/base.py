@@ -26,6 +26,8 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
+from opd_env.errors import UserError
+
 NOBODY = 65534
 """The user that the code runs as, if the trainer is root."""
 
@@ -115,7 +117,7 @@ class ExecResult:
         return self.status is Status.OK
 
 
-class SandboxUnavailable(RuntimeError):
+class SandboxUnavailable(UserError):
     """No sandbox of the wanted strength works here.
 
     Args:
