@@ -99,6 +99,24 @@ def advantage(
     return advantages if mask is None else torch.where(mask.bool(), advantages, 0.0)
 
 
+def group_relative(rewards_E: Tensor, groups_E: Tensor) -> Tensor:
+    """Each episode's reward minus the mean of the *other* episodes of its group.
+
+    Leaving the own reward out keeps the policy gradient unbiased (RLOO, arXiv 2402.14740): ``Σ_n A ∇log p(y_n)`` is
+    the gradient of the expected reward. It is not divided by the group's spread, which would weigh problems by how
+    rarely they are solved (arXiv 2503.20783). An episode without others gets 0: nothing to compare it with.
+
+    Args:
+        rewards_E: one per episode.
+        groups_E: which episodes are of the same problem; any integers.
+    """
+    group_E = torch.unique(groups_E, return_inverse=True)[1]
+    sums_G = rewards_E.new_zeros(len(rewards_E)).index_add(0, group_E, rewards_E)
+    others_E = torch.bincount(group_E, minlength=len(rewards_E))[group_E] - 1
+    mean_E = (sums_G[group_E] - rewards_E) / others_E.clamp(min=1)
+    return torch.where(others_E > 0, rewards_E - mean_E, 0.0)
+
+
 def discounted_future_sum(values_BT: Tensor, mask_BT: Tensor, gamma: float) -> Tensor:
     """``Σ_{n>k} γ^(n-k) value_n`` over each row's masked entries, counted among themselves.
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from opd_env.configuration import ConfigError, choose, configure, fingerprint
 from opd_env.limits import RolloutLimits
-from opd_env.trainer.modes import Estimator, Mode
+from opd_env.trainer.contradictions import refuse_contradictions
+from opd_env.trainer.modes import Baseline, Estimator, Mode
 
 UNHASHED = ("output", "resume", "trackers", "checkpoint_every", "checkpoint_keep")
 """Settings that change where and how often things are written, but no number: not in ``config_hash``."""
@@ -99,7 +100,7 @@ class OPDConfig:
     tools: tuple[str, ...] | None = None
     """Names of the tools offered to the student; null takes the task's own."""
     imports: tuple[str, ...] = ()
-    """Python files to run first, so that their @tool and @register_task take effect."""
+    """Python files to run first, so that their @tool, @register_task and register_divergence take effect."""
     teacher_demonstrations: int = 0
     """Worked examples of the task put into the teacher's prompt only, 0 to 64 (self-distillation)."""
 
@@ -110,7 +111,11 @@ class OPDConfig:
     mode: Mode = Mode.OPD_PLUS_CENTRED
     """The advantage: the paper's corrected one, its centred form, or the biased stop-gradient one."""
     estimator: Estimator = Estimator.FULL
-    """full sums over the vocabulary; sampled uses one teacher log-prob per token."""
+    """full sums over the vocabulary, topk over the teacher's top k; sampled uses one teacher log-prob per token."""
+    topk_tokens: int = 32
+    """The teacher's most likely tokens that estimator=topk sums over, 1 or more; the rest is one bucket."""
+    baseline: Baseline = Baseline.NONE
+    """value subtracts E_p[w_f(u)] from a token's weight: less noise (sampled estimator, not mode=opd)."""
     gamma: float = 0.0
     """Discount of later tokens' divergence in a token's advantage, 0 to 1 (sampled estimator)."""
     ratio_policy: RatioPolicy = RatioPolicy.ROLLOUT
@@ -121,6 +126,10 @@ class OPDConfig:
     """PPO clip of the importance ratio to 1 ± this, 0 to 1; null does not clip (sampled estimator)."""
     truncate_weight: float | None = None
     """Upper bound on the importance ratio, at least 1; null does not bound (sampled estimator)."""
+    divergence_coefficient: float = 1.0
+    """Factor of the distillation signal, 0 or more; 0 learns from the reward alone."""
+    reward_coefficient: float = 0.0
+    """Factor of the task reward (1 for a solved problem), relative to a problem's other samples; 0 or more."""
 
     steps: int = 100
     """Rollout-and-update rounds, 1 or more."""
@@ -193,8 +202,8 @@ class OPDConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("mode", Mode), ("estimator", Estimator), ("ratio_policy", RatioPolicy), ("schedule", Schedule),
-            ("dtype", Precision), ("teacher_dtype", Precision), ("resume", Resume),
+            ("mode", Mode), ("estimator", Estimator), ("baseline", Baseline), ("ratio_policy", RatioPolicy),
+            ("schedule", Schedule), ("dtype", Precision), ("teacher_dtype", Precision), ("resume", Resume),
         ):  # fmt: skip
             object.__setattr__(self, name, choose(name, getattr(self, name), choices))
         for name in ("student", "teacher", "task", "split", "eval_split", "divergence", "output"):
@@ -202,11 +211,12 @@ class OPDConfig:
                 raise ConfigError(f"{name} is empty; set it")
         for name in (
             "steps", "episodes_per_step", "samples_per_problem", "updates_per_step", "tokens_per_microbatch",
-            "concurrent_episodes", "eval_problems", "eval_samples", "checkpoint_keep",
+            "concurrent_episodes", "eval_problems", "eval_samples", "checkpoint_keep", "topk_tokens",
         ):  # fmt: skip
             _check(self, name, 1)
         for name in (
             "weight_decay", "warmup_steps", "sft_steps", "seed", "tool_workers", "eval_every", "checkpoint_every",
+            "divergence_coefficient", "reward_coefficient",
         ):  # fmt: skip
             _check(self, name, 0)
         for name in ("learning_rate", "sft_learning_rate", "max_grad_norm", "max_logprob_gap"):
@@ -221,51 +231,7 @@ class OPDConfig:
         _check(self, "teacher_demonstrations", 0, 64)
         _check(self, "temperature", 0, 2, exclusive=True)
         _check(self, "eval_temperature", 0, 2)
-        self._refuse_off_policy()
-        self._refuse_contradictions()
-
-    def _refuse_off_policy(self) -> None:
-        reason = "would make the rollouts off-policy (OPD needs samples from the full distribution)"
-        if self.top_p != 1.0:
-            raise ConfigError(f"top_p={self.top_p} {reason}; set top_p=1.0")
-        if self.top_k != 0:
-            raise ConfigError(f"top_k={self.top_k} {reason}; set top_k=0")
-
-    def _refuse_contradictions(self) -> None:
-        if self.eval_split == self.split:
-            raise ConfigError(
-                f"eval_split and split are both {self.split!r}; evaluate on a split that is not trained on"
-            )
-        if self.episodes_per_step % self.samples_per_problem:
-            raise ConfigError(
-                f"episodes_per_step={self.episodes_per_step} is not a multiple of "
-                f"samples_per_problem={self.samples_per_problem}; change one"
-            )
-        if self.eval_samples > 1 and self.eval_temperature == 0:
-            raise ConfigError(
-                f"eval_samples={self.eval_samples} of greedy decoding would all be the same; set eval_temperature, or "
-                "eval_samples=1"
-            )
-        problems = self.episodes_per_step // self.samples_per_problem
-        if self.updates_per_step > problems:
-            raise ConfigError(
-                f"updates_per_step={self.updates_per_step} is more than the {problems} problems of a step; every "
-                "update needs one"
-            )
-        if self.clip_ratio is not None and self.truncate_weight is not None:
-            raise ConfigError("clip_ratio and truncate_weight bound the same importance ratio; set one of them")
-        if self.estimator is Estimator.FULL:
-            for name, off in (("gamma", 0.0), ("clip_ratio", None), ("truncate_weight", None)):
-                if getattr(self, name) != off:
-                    raise ConfigError(
-                        f"{name}={getattr(self, name)} has no meaning with estimator=full, which sums "
-                        f"over the vocabulary at each token; set estimator=sampled, or leave {name} out"
-                    )
-        if self.warmup_steps > self.steps * self.updates_per_step:
-            raise ConfigError(
-                f"warmup_steps={self.warmup_steps} is more than the run's "
-                f"{self.steps * self.updates_per_step} updates; lower it"
-            )
+        refuse_contradictions(self)
 
     @property
     def config_hash(self) -> str:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from opd_env.trainer.advantages import parse_mode
 from opd_env.trainer.divergences import Divergence, get_divergence
 from opd_env.trainer.modes import Mode
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Head = Callable[[Tensor], Tensor]
 """From hidden states ``[N, H]`` to logits ``[N, V]``: the model's last layer, scaling and soft-capping included."""
@@ -50,7 +53,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class DivergenceScores:
-    """Teacher and student compared at N prefixes. All but ``loss_N`` are detached."""
+    """Teacher and student compared at N prefixes. All but ``loss_N`` and ``logprobs_N`` are detached."""
 
     loss_N: Tensor
     """Value: D_f. Gradient: ``-Σ_v p(v) A_v ∇log p(v)``, which for the OPD+ modes is ∇D_f exactly."""
@@ -63,12 +66,12 @@ class DivergenceScores:
     entropy_N: Tensor
     """The student's entropy over the whole vocabulary."""
     logprobs_N: Tensor | None = None
-    """The student's log-prob of the sampled tokens, when they were given."""
+    """The student's log-prob of the sampled tokens, with gradient, when they were given."""
     log_ratio_N: Tensor | None = None
     """log u of the sampled tokens, when they were given."""
 
 
-Record = TypeVar("Record", TokenScores, DivergenceScores)
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def positions_per_chunk(vocab_size: int) -> int:
@@ -104,7 +107,7 @@ def token_logprobs(
 
     def score(hidden_CH: Tensor, ids_C: Tensor) -> TokenScores:
         logprobs_CV = log_softmax(head(hidden_CH), temperature, vocab_size)
-        return TokenScores(_gather(logprobs_CV, ids_C), entropy(logprobs_CV))
+        return TokenScores(gather(logprobs_CV, ids_C), entropy(logprobs_CV))
 
     return in_chunks(score, chunk_size, *rows.values())
 
@@ -161,12 +164,12 @@ def full_divergence(
                 "tokenizers are equal and only the padding differs, set vocab_size to the tokenizer's size"
             )
         update = expected_update(student_CV, teacher_CV, divergence, mode, clip_log_ratio)
-        chosen = [_gather(student_CV.detach(), ids_C) for ids_C in ids]
+        chosen = [gather(student_CV, ids_C) for ids_C in ids]
         return DivergenceScores(
             *update,
             entropy_N=entropy(student_CV),
             logprobs_N=chosen[0] if ids else None,
-            log_ratio_N=_gather(teacher_CV, ids[0]) - chosen[0] if ids else None,
+            log_ratio_N=gather(teacher_CV, ids[0]) - chosen[0].detach() if ids else None,
         )
 
     return in_chunks(compare, chunk_size, *rows.values())
@@ -248,7 +251,8 @@ def log_softmax(logits_NV: Tensor, temperature: float, vocab_size: int | None) -
     return torch.log_softmax(logits_NV if temperature == 1 else logits_NV / temperature, dim=1)
 
 
-def _gather(logprobs_NV: Tensor, token_ids_N: Tensor) -> Tensor:
+def gather(logprobs_NV: Tensor, token_ids_N: Tensor) -> Tensor:
+    """The entry of each row's own token; a ``ValueError`` names a token outside the vocabulary."""
     outside = (token_ids_N < 0) | (token_ids_N >= logprobs_NV.shape[1])
     if bool(outside.any()):
         bad = int(token_ids_N[outside][0])

@@ -62,6 +62,21 @@ def policy_loss(
     return -_only(mask, weighted).sum() / num_tokens
 
 
+def scaled(advantages: Tensor, factor: float | Tensor) -> Tensor:
+    """``factor * advantages``, but 0 where the factor is 0, and infinite where the advantage was saturated.
+
+    So a token that is left out cannot spoil a sum, and one that is refused stays refused, however small its factor.
+
+    Args:
+        advantages: any shape.
+        factor: 0 or more; a number, or one per advantage.
+    """
+    factor = torch.as_tensor(factor, dtype=advantages.dtype, device=advantages.device)
+    saturated = advantages.abs() >= _LARGEST
+    values = torch.where(saturated, advantages.sign() * torch.inf, advantages * factor)
+    return torch.where(factor > 0, values, 0.0)
+
+
 def mean_loss(loss_N: Tensor, num_tokens: int | float | Tensor) -> Tensor:
     """``(1/N) Σ loss_n``, a scalar: the loss of the ``full`` estimator, N as in ``policy_loss``.
 

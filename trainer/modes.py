@@ -1,4 +1,4 @@
-"""The two choices that name an estimate of the gradient; without torch, for settings and ``--help``.
+"""The choices that name an estimate of the gradient; without torch, for settings and ``--help``.
 
 Worked example::
 
@@ -31,3 +31,14 @@ class Estimator(StrEnum):
     """The log-prob of the sampled token: all that a remote teacher must give."""
     FULL = "full"
     """The sum over the whole vocabulary: no sampling noise, needs a local teacher."""
+    TOPK = "topk"
+    """The sum over the teacher's most likely tokens and one bucket for the rest: a coarser divergence, exactly."""
+
+
+class Baseline(StrEnum):
+    """What is subtracted from a sampled token's OPD+ weight; it changes the noise, not the expected gradient."""
+
+    NONE = "none"
+    """Nothing but the mode's own constant."""
+    VALUE = "value"
+    """E_p[w_f(u)] at the prefix (vOPD, arXiv 2605.07865): from full logits, or from the teacher's top k."""

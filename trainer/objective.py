@@ -1,8 +1,7 @@
 """The OPD objective: what a micro-batch of the student's own tokens contributes to the loss.
 
-``sampled`` weighs every sampled token by its advantage (one teacher log-prob per token); ``full`` sums over the
-vocabulary at every prefix (a local teacher's hidden states). Both see the same batches, and note per token what
-the metrics need::
+``sampled`` weighs every sampled token by its advantage; ``full`` and ``topk`` sum over what could have been sampled at
+every prefix. A task reward can be added, or stand alone. What the metrics need is noted per token::
 
     objective = OPDObjective(config, teacher)
     objective.begin(trajectories)            # the teacher scores here (sampled)
@@ -22,15 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_env.trainer.advantages import advantage
-from opd_env.trainer.batch import Head, MicroBatch, Row, make_batch, row_of
+from opd_env.trainer.advantages import advantage, group_relative
+from opd_env.trainer.batch import Head, MicroBatch, Row, row_of
+from opd_env.trainer.comparison import Compared, make_comparison
 from opd_env.trainer.config import OPDConfig, RatioPolicy
 from opd_env.trainer.divergences import get_divergence
-from opd_env.trainer.logprobs import full_divergence, positions_per_chunk, token_logprobs
-from opd_env.trainer.loss import mean_loss, policy_loss
-from opd_env.trainer.modes import Estimator
-from opd_env.trainer.teachers import LocalTeacher, Teacher
-from opd_env.trainer.update import TrainingError
+from opd_env.trainer.loss import mean_loss, policy_loss, scaled
+from opd_env.trainer.modes import Baseline, Estimator
+from opd_env.trainer.teachers import Teacher
 from opd_env.trajectory import Trajectory
 
 
@@ -45,11 +43,12 @@ class TokenValues:
     log_ratio_N: Tensor
     """log u = teacher - student."""
     kl_N: Tensor
-    """KL(student || teacher): exact with ``full``; with ``sampled`` its unbiased estimate -log u."""
+    """KL(student || teacher): exact where the teacher's logits are at hand, else its unbiased estimate -log u."""
     entropy_N: Tensor
     """Of the student's distribution, in nats."""
     advantages_N: Tensor
-    """At the sampled token. With ``full`` they are shown, not used."""
+    """At the sampled token, the reward's share included. Of the divergence's share, ``full`` and ``topk`` use the sum
+    over all outcomes instead."""
 
     @classmethod
     def joined(cls, parts: Sequence[TokenValues]) -> TokenValues:
@@ -62,7 +61,7 @@ class OPDObjective:
 
     Args:
         config: divergence, mode, estimator and their options.
-        teacher: scores the tokens; the ``full`` estimator needs a ``LocalTeacher``.
+        teacher: scores the tokens; ``full`` needs a ``LocalTeacher``, ``topk`` a ``TopKTeacher``.
         vocab_size: tokens of the student's tokenizer.
 
     Raises:
@@ -72,104 +71,90 @@ class OPDObjective:
     def __init__(self, config: OPDConfig, teacher: Teacher, vocab_size: int) -> None:
         self._config = config
         self._divergence = get_divergence(config.divergence, **config.divergence_options)
-        self._teacher = teacher
-        if config.estimator is Estimator.FULL and not isinstance(teacher, LocalTeacher):
-            raise ValueError(
-                f"estimator=full needs a teacher in this process, {teacher.name} gives one log-prob per token; set "
-                "estimator=sampled"
-            )
-        self._chunk_size = positions_per_chunk(vocab_size)
-        self.teacher_seconds = 0.0
+        self._comparison = make_comparison(config, teacher, self._divergence, vocab_size)
+        self._begin_seconds = 0.0
         self.rows: list[Row] = []
 
+    @property
+    def teacher_seconds(self) -> float:
+        """What the teacher took since ``begin`` was called."""
+        return self._begin_seconds + self._comparison.seconds
+
     def begin(self, trajectories: Sequence[Trajectory]) -> None:
-        """Takes up the trajectories of a step; with ``sampled`` the teacher scores them now."""
+        """Takes up the trajectories of an update; whole groups of a problem's samples. The teacher may score now."""
         started = time.perf_counter()
         self.rows = [row_of(trajectory) for trajectory in trajectories]
+        self._comparison.begin(trajectories)
+        self._rewards_N = self._rewards(trajectories)
         behaviour = [trajectory.logprobs[trajectory.sampled] for trajectory in trajectories]
         behaviour_N = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *behaviour]))
-        if isinstance(self._teacher, LocalTeacher) and self._config.estimator is Estimator.FULL:
-            self._teacher_rows = self._teacher.rows(trajectories)
-            teacher_N = torch.zeros_like(behaviour_N)
-        else:
-            teacher_N = self._teacher.score(trajectories)
-            if teacher_N.shape != behaviour_N.shape:
-                raise TrainingError(
-                    f"the teacher {self._teacher.name} gave {tuple(teacher_N.shape)} log-probs for "
-                    f"{len(behaviour_N)} sampled tokens"
-                )
-        self._teacher_N = teacher_N
         empty = (torch.full_like(behaviour_N, torch.nan) for _ in range(5))
         self.tokens = TokenValues(behaviour_N, *empty)
-        self.teacher_seconds = time.perf_counter() - started
+        self._begin_seconds = time.perf_counter() - started
 
     def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head, num_tokens: float) -> Tensor:
         """The micro-batch's share of the loss, a scalar; see ``Objective``."""
-        if self._config.estimator is Estimator.FULL:
-            return self._full(batch, hidden_NH, head, num_tokens)
-        return self._sampled(batch, hidden_NH, head, num_tokens)
-
-    def _sampled(self, batch: MicroBatch, hidden_NH: Tensor, head: Head, num_tokens: float) -> Tensor:
         config = self._config
-        scores = token_logprobs(
-            hidden_NH, head, batch.targets_N, temperature=config.temperature, chunk_size=self._chunk_size
-        )
-        logprobs_N = scores.logprobs_N
+        compared = self._comparison(batch, hidden_NH, head)
+        logprobs_N = compared.logprobs_N
         behaviour_N = self.tokens.behaviour_logprobs_N[batch.index_N].to(logprobs_N.device)
-        student_N = behaviour_N if config.ratio_policy is RatioPolicy.ROLLOUT else logprobs_N.detach()
-        log_ratio_N = self._teacher_N[batch.index_N].to(logprobs_N.device) - student_N
-        advantages_N = self._advantages(batch, log_ratio_N)
-        self._note(batch, logprobs_N, log_ratio_N, -log_ratio_N, scores.entropy_N, advantages_N)
-        return policy_loss(
-            logprobs_N,
-            behaviour_N,
-            advantages_N,
-            torch.ones_like(advantages_N, dtype=torch.bool),
-            num_tokens,
-            clip_ratio=config.clip_ratio,
-            truncate_weight=config.truncate_weight,
-        )
+        sums = config.estimator is not Estimator.SAMPLED
+        frozen = config.ratio_policy is RatioPolicy.ROLLOUT and not sums
+        log_ratio_N = compared.teacher_logprobs_N - (behaviour_N if frozen else logprobs_N.detach())
+        distilled_N = self._advantages(batch, log_ratio_N, compared)
+        rewarded_N = self._rewards_N[batch.index_N].to(logprobs_N)
+        self._note(batch, compared, log_ratio_N, distilled_N + rewarded_N)
+        loss = torch.zeros((), device=logprobs_N.device)
+        if not sums or config.reward_coefficient > 0:
+            loss = policy_loss(
+                logprobs_N,
+                behaviour_N,
+                rewarded_N if sums else distilled_N + rewarded_N,
+                torch.ones_like(logprobs_N, dtype=torch.bool),
+                num_tokens,
+                clip_ratio=config.clip_ratio,
+                truncate_weight=config.truncate_weight,
+            )
+        if compared.loss_N is not None and sums and config.divergence_coefficient > 0:
+            loss = loss + config.divergence_coefficient * mean_loss(compared.loss_N, num_tokens)
+        return loss
 
-    def _full(self, batch: MicroBatch, hidden_NH: Tensor, head: Head, num_tokens: float) -> Tensor:
-        config, teacher = self._config, self._teacher
-        if not isinstance(teacher, LocalTeacher):
-            raise TypeError(f"estimator=full needs a LocalTeacher, got {type(teacher).__name__}")
-        started = time.perf_counter()
-        teacher_hidden_NH = teacher.hidden(make_batch(self._teacher_rows, batch.rows)).to(hidden_NH.device)
-        self.teacher_seconds += time.perf_counter() - started
-        scores = full_divergence(
-            hidden_NH,
-            head,
-            teacher_hidden_NH,
-            teacher.head,
-            self._divergence,
-            config.mode,
-            token_ids_N=batch.targets_N,
-            temperature=config.temperature,
-            clip_log_ratio=config.clip_log_ratio,
-            chunk_size=self._chunk_size,
-        )
-        if scores.logprobs_N is None or scores.log_ratio_N is None:
-            raise TypeError("full_divergence gave no scores of the sampled tokens")
-        advantages_N = self._advantages(batch, scores.log_ratio_N)
-        self._note(batch, scores.logprobs_N, scores.log_ratio_N, scores.teacher_kl_N, scores.entropy_N, advantages_N)
-        return mean_loss(scores.loss_N, num_tokens)
-
-    def _advantages(self, batch: MicroBatch, log_ratio_N: Tensor) -> Tensor:
+    def _advantages(self, batch: MicroBatch, log_ratio_N: Tensor, compared: Compared) -> Tensor:
+        """The divergence's share of every token's advantage."""
         config = self._config
         log_ratio_BS, mask_BS = batch.by_row(log_ratio_N)
+        baseline_BS = None
+        if config.baseline is Baseline.VALUE and compared.baseline_N is not None:
+            baseline_BS, _ = batch.by_row(compared.baseline_N)
         advantages_BS = advantage(
             log_ratio_BS,
             self._divergence,
             config.mode,
             gamma=config.gamma,
             mask=mask_BS,
+            baseline=baseline_BS,
             clip_log_ratio=config.clip_log_ratio,
         )
-        return advantages_BS[mask_BS]
+        return scaled(advantages_BS[mask_BS], config.divergence_coefficient)
 
-    def _note(self, batch: MicroBatch, *values: Tensor) -> None:
+    def _rewards(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """The reward's share of every token's advantage: the same for all tokens of an episode."""
+        samples = self._config.samples_per_problem
+        numbers: dict[tuple[str, int], int] = {}
+        groups = [numbers.setdefault((one.example_id, one.sample // samples), len(numbers)) for one in trajectories]
+        rewards_E = torch.tensor([float(one.correct) for one in trajectories])
+        relative_E = group_relative(rewards_E, torch.tensor(groups, dtype=torch.int64))
+        counts_E = torch.tensor([one.num_sampled for one in trajectories], dtype=torch.int64)
+        return self._config.reward_coefficient * relative_E.repeat_interleave(counts_E)
+
+    def _note(self, batch: MicroBatch, compared: Compared, log_ratio_N: Tensor, advantages_N: Tensor) -> None:
         tokens = self.tokens
-        places = (tokens.logprobs_N, tokens.log_ratio_N, tokens.kl_N, tokens.entropy_N, tokens.advantages_N)
-        for place_N, value_N in zip(places, values, strict=True):
+        kl_N = -log_ratio_N if compared.kl_N is None else compared.kl_N
+        for place_N, value_N in (
+            (tokens.logprobs_N, compared.logprobs_N),
+            (tokens.log_ratio_N, log_ratio_N),
+            (tokens.kl_N, kl_N),
+            (tokens.entropy_N, compared.entropy_N),
+            (tokens.advantages_N, advantages_N),
+        ):
             place_N[batch.index_N] = value_N.detach().float().cpu()

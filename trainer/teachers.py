@@ -15,7 +15,7 @@ Test it alone: ``pytest tests/trainer/test_teachers.py``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from opd_env.formats import get_format
 from opd_env.messages import assistant, system, user
 from opd_env.models import LoadedModel
 from opd_env.trainer.batch import Head, MicroBatch, PolicyModule, Row, num_sampled, pack, row_of
-from opd_env.trainer.logprobs import token_logprobs
+from opd_env.trainer.logprobs import positions_per_chunk, token_logprobs
+from opd_env.trainer.topk import TopKScores, topk_logprobs
 from opd_env.trajectory import Trajectory
 
 Prompt = Callable[[Trajectory], Sequence[int]]
@@ -42,6 +43,15 @@ class Teacher(Protocol):
         Their order is that of ``trajectories``, then of the tokens in each. ``-inf`` where the teacher forbids
         the token. Every trajectory gets exactly ``trajectory.num_sampled`` values.
         """
+        ...
+
+
+@runtime_checkable
+class TopKTeacher(Teacher, Protocol):
+    """A teacher that also tells which tokens it likes most: what the ``topk`` estimator needs."""
+
+    def score_topk(self, trajectories: Sequence[Trajectory], k: int) -> TopKScores:
+        """The sampled tokens' log-probs as ``score`` gives them, and the k most likely tokens at each; on the CPU."""
         ...
 
 
@@ -108,6 +118,27 @@ class LocalTeacher:
             scores = token_logprobs(self.hidden(batch), self.head, batch.targets_N, temperature=self._temperature)
             logprobs_N[batch.index_N] = scores.logprobs_N.float().cpu()
         return logprobs_N
+
+    @torch.no_grad()
+    def score_topk(self, trajectories: Sequence[Trajectory], k: int) -> TopKScores:
+        """See ``TopKTeacher``."""
+        rows = self.rows(trajectories)
+        count = num_sampled(rows)
+        found = TopKScores(torch.empty(count), torch.empty(count, k, dtype=torch.int64), torch.empty(count, k))
+        for batch in pack(rows, self._tokens_per_microbatch):
+            batch = batch.to(self._device)
+            top = topk_logprobs(
+                self.hidden(batch),
+                self.head,
+                batch.targets_N,
+                k,
+                temperature=self._temperature,
+                chunk_size=positions_per_chunk(self._policy.vocab_size),
+            )
+            found.logprobs_N[batch.index_N] = top.logprobs_N.float().cpu()
+            found.topk_ids_NK[batch.index_N] = top.topk_ids_NK.cpu()
+            found.topk_logprobs_NK[batch.index_N] = top.topk_logprobs_NK.float().cpu()
+        return found
 
     @torch.no_grad()
     def hidden(self, batch: MicroBatch) -> Tensor:

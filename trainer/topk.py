@@ -5,9 +5,10 @@ and the result stays a divergence: never negative, 0 only at agreement on every 
 divergence over the whole vocabulary. A sum over the top k alone is none of these, and used as a scalar advantage
 its expected gradient is 0.
 
-Worked example, with what a scoring server returns::
+Worked example; a scoring server may give the same record::
 
-    scores = topk_divergence(hidden_NH, head, topk_ids_NK, teacher_logprobs_NK, "jsd")
+    top = topk_logprobs(teacher_hidden_NH, teacher_head, token_ids_N, k=32)
+    scores = topk_divergence(hidden_NH, head, top.topk_ids_NK, top.topk_logprobs_NK, "jsd")
     mean_loss(scores.loss_N, num_tokens).backward()
 
 Test it alone: ``pytest tests/trainer/test_topk.py``
@@ -16,6 +17,7 @@ Test it alone: ``pytest tests/trainer/test_topk.py``
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,10 +30,39 @@ from opd_env.trainer.logprobs import (
     check_rows,
     entropy,
     expected_update,
+    gather,
     in_chunks,
     log_softmax,
 )
 from opd_env.trainer.modes import Mode
+
+
+@dataclass(frozen=True, eq=False)
+class TopKScores:
+    """What a teacher says about N sampled tokens and about the tokens that it would rather have seen there."""
+
+    logprobs_N: Tensor
+    """Natural log-prob of each sampled token, normalised over the whole vocabulary; -inf where it is forbidden."""
+    topk_ids_NK: Tensor
+    """The teacher's K most likely tokens at each place, all different, int64."""
+    topk_logprobs_NK: Tensor
+    """Their log-probs, normalised as ``logprobs_N``."""
+
+
+@torch.no_grad()
+def topk_logprobs(
+    hidden_NH: Tensor, head: Head, token_ids_N: Tensor, k: int, *, temperature: float = 1.0, chunk_size: int = 256
+) -> TopKScores:
+    """Scores tokens and finds the k most likely ones; arguments and errors as in ``token_logprobs``."""
+    rows = {"hidden_NH": hidden_NH, "token_ids_N": token_ids_N}
+    check_rows(temperature, chunk_size, rows)
+
+    def score(hidden_CH: Tensor, ids_C: Tensor) -> TopKScores:
+        logprobs_CV = log_softmax(head(hidden_CH), temperature, None)
+        top = logprobs_CV.topk(k, dim=1)
+        return TopKScores(gather(logprobs_CV, ids_C), top.indices, top.values)
+
+    return in_chunks(score, chunk_size, *rows.values())
 
 
 def topk_divergence(
@@ -42,6 +73,7 @@ def topk_divergence(
     divergence: str | Divergence = "reverse_kl",
     mode: str | Mode = Mode.OPD_PLUS_CENTRED,
     *,
+    token_ids_N: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     clip_log_ratio: float | None = None,
@@ -60,13 +92,15 @@ def topk_divergence(
             temperature.
         divergence: a name or a ``Divergence``.
         mode: what stands for A in the gradient.
+        token_ids_N: the sampled tokens, to be scored by the student along the way.
         temperature: divides the student's logits.
         vocab_size: the tokenizer's size: logits beyond it are cut off. None keeps all.
         clip_log_ratio: bound on ``|log u|``.
         chunk_size: positions whose logits exist at one time.
 
     Returns:
-        As ``full_divergence``, but for k + 1 outcomes; ``entropy_N`` is over the whole vocabulary.
+        As ``full_divergence``, but for k + 1 outcomes; ``entropy_N`` is over the whole vocabulary, and ``log_ratio_N``
+        stays None (the teacher's log-prob of a sampled token need not be among its top k).
 
     Raises:
         ValueError: shapes differ, a token is repeated, or the teacher's probabilities add up to more than 1.
@@ -83,6 +117,8 @@ def topk_divergence(
         "topk_ids_NK": topk_ids_NK,
         "teacher_logprobs_NK": teacher_logprobs_NK,
     }
+    if token_ids_N is not None:
+        rows["token_ids_N"] = token_ids_N
     check_rows(temperature, chunk_size, rows)
     repeated_N = (topk_ids_NK.sort(1).values.diff(dim=1) == 0).any(1)
     total_N = teacher_logprobs_NK.float().logsumexp(1)
@@ -93,7 +129,7 @@ def topk_divergence(
         if bool(bad_N.any()):
             raise ValueError(f"{problem}, first in row {int(bad_N.nonzero()[0])}")
 
-    def compare(hidden_CH: Tensor, ids_CK: Tensor, teacher_CK: Tensor) -> DivergenceScores:
+    def compare(hidden_CH: Tensor, ids_CK: Tensor, teacher_CK: Tensor, *own: Tensor) -> DivergenceScores:
         student_CV = log_softmax(student_head(hidden_CH), temperature, vocab_size)
         rest_CV = student_CV.scatter(1, ids_CK, -math.inf)
         student_tail_C = rest_CV.logsumexp(1) if ids_CK.shape[1] < student_CV.shape[1] else rest_CV[:, 0]
@@ -103,7 +139,8 @@ def topk_divergence(
         loss_C, divergence_C, kl_C, baseline_C = expected_update(
             student_CB, teacher_CB, divergence, mode, clip_log_ratio
         )
-        return DivergenceScores(loss_C, divergence_C, kl_C, baseline_C, entropy(student_CV))
+        chosen_C = gather(student_CV, own[0]) if own else None
+        return DivergenceScores(loss_C, divergence_C, kl_C, baseline_C, entropy(student_CV), chosen_C)
 
     return in_chunks(compare, chunk_size, *rows.values())
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_env.trainer.advantages import advantage, clip_fraction, discounted_future_sum
+from opd_env.trainer.advantages import advantage, clip_fraction, discounted_future_sum, group_relative
 from opd_env.trainer.divergences import get_divergence, list_divergences
 from opd_env.trainer.loss import policy_loss
 from opd_env.trainer.modes import Mode
@@ -165,3 +165,11 @@ def test_clip_fraction_counts_own_tokens_only():
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         advantage(LOG_RATIO, **options)
+
+
+def test_a_reward_counts_relative_to_the_others_of_its_group():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    groups = torch.tensor([7, 3, 7, 7, 3, 5])
+    expected = torch.tensor([1 - 0.5, 0 - 1, 0 - 1, 1 - 0.5, 1 - 0, 0])  # the last one has no others
+    torch.testing.assert_close(group_relative(rewards, groups), expected)
+    assert group_relative(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)

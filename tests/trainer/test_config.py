@@ -97,7 +97,7 @@ def test_the_hash_ignores_where_things_are_written_and_nothing_else():
         (["--zzz", "3"], "--help lists all"),
         (["--learning_rate", "abc"], "--learning_rate is 'abc'; expected a number"),
         (["--steps", "2.5"], "--steps is '2.5'; expected a whole number"),
-        (["--estimator", "ful"], "--estimator is 'ful'; expected one of sampled, full"),
+        (["--estimator", "ful"], "--estimator is 'ful'; expected one of sampled, full, topk"),
         (["--limits.max_turns", "x"], "--limits.max_turns is 'x'; expected a whole number"),
         (["--lora.rank", "x"], "--lora.rank is 'x'; expected a whole number"),
         (["--lora", "7"], "expected a mapping of keys to values or null"),
@@ -152,6 +152,11 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, expected):
         ({"gamma": 0.5}, "gamma=0.5 has no meaning with estimator=full"),
         ({"clip_ratio": 0.2}, "clip_ratio=0.2 has no meaning with estimator=full"),
         ({"estimator": Estimator.SAMPLED, "clip_ratio": 0.2, "truncate_weight": 2.0}, "set one of them"),
+        ({"estimator": "topk", "baseline": "value"}, "baseline=value has no meaning with estimator=topk"),
+        ({"estimator": "sampled", "baseline": "value", "mode": "opd"}, "has no meaning with mode=opd"),
+        ({"topk_tokens": 0}, "topk_tokens=0 is out of range"),
+        ({"reward_coefficient": 1.0}, "samples_per_problem=1 leaves nothing to compare"),
+        ({"divergence_coefficient": 0.0}, "nothing would be learnt"),
         ({"warmup_steps": 101}, "warmup_steps=101 is more than the run's 100 updates"),
         ({"student": ""}, "student is empty"),
         ({"steps": True}, "steps=True is not a number"),
@@ -161,6 +166,10 @@ def test_settings_that_cannot_give_a_right_run_are_refused(change, expected):
     with pytest.raises(ConfigError) as caught:
         OPDConfig(**{**NAMES, **change})
     assert expected in str(caught.value)
+
+
+def test_with_a_reward_the_bounds_of_its_importance_ratio_mean_something_for_every_estimator():
+    OPDConfig(**NAMES, reward_coefficient=1.0, samples_per_problem=4, clip_ratio=0.2)
 
 
 def test_choices_may_be_given_by_their_value_and_are_members_afterwards():
@@ -187,7 +196,7 @@ def test_every_field_is_documented_and_appears_in_the_help(capsys):
     shown = capsys.readouterr().out
     for field in dataclasses.fields(OPDConfig):
         assert f"--{field.name}" in shown
-    assert "{sampled,full}" in shown
+    assert "{sampled,full,topk}" in shown
 
 
 def test_names_load_on_first_use_and_settings_need_no_torch():

@@ -101,8 +101,13 @@ def test_metrics_are_the_naive_ones_and_detached():
     own = ids[:, None]
     torch.testing.assert_close(scores.logprobs_N, logp.gather(1, own)[:, 0])
     torch.testing.assert_close(scores.log_ratio_N, (logq - logp).gather(1, own)[:, 0])
-    for name in ("divergence_N", "teacher_kl_N", "entropy_N", "baseline_N", "logprobs_N", "log_ratio_N"):
+    for name in ("divergence_N", "teacher_kl_N", "entropy_N", "baseline_N", "log_ratio_N"):
         assert not getattr(scores, name).requires_grad
+    one, other = (
+        gradients(logprobs_N.sum(), hidden, head)
+        for logprobs_N in (scores.logprobs_N, token_logprobs(hidden, head, ids).logprobs_N)
+    )
+    torch.testing.assert_close(one, other)
 
 
 def test_value_baseline_of_reverse_kl_is_minus_one_minus_kl():

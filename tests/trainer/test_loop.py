@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from opd_env.configuration import ConfigError
 from opd_env.limits import RolloutLimits
 from opd_env.models import load_model
 from opd_env.store import load_trajectories
-from opd_env.trainer import OPDTrainer
+from opd_env.trainer import OPDTrainer, divergences
 from opd_env.trainer.checkpoint import CheckpointError
 from opd_env.trainer.config import LoRASettings, load_config
 from opd_env.trainer.metrics import read_metrics
@@ -214,7 +215,12 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"divergence": "jsd"}, {"updates_per_step": 2}, {"estimator": "sampled", "episodes_per_step": 32, "steps": 36}],
+    [
+        {"divergence": "jsd"},
+        {"updates_per_step": 2},
+        {"estimator": "topk", "topk_tokens": 16},
+        {"estimator": "sampled", "baseline": "value", "episodes_per_step": 32, "steps": 36},
+    ],
 )
 def test_the_teacher_kl_on_the_students_own_tokens_falls(tmp_path, changes):
     settings = {"steps": 12, "episodes_per_step": 8, "learning_rate": 1e-2, "checkpoint_every": 0, **changes}
@@ -222,6 +228,34 @@ def test_the_teacher_kl_on_the_students_own_tokens_falls(tmp_path, changes):
     trainer.train()
     kl = [row["teacher/kl"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert sum(kl[-4:]) < 0.95 * sum(kl[:4])
+
+
+def test_a_divergence_from_a_users_file_can_be_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(divergences, "_REGISTERED", {})
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from opd_env.trainer import register_divergence\n"
+        "register_divergence('triangular', lambda u: (u - 1) ** 2 / (u + 1))\n"
+    )
+    config = toy_config(tmp_path / "run", steps=1, divergence="triangular", imports=(str(file),))
+    trainer_of(config).train()
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["teacher/kl"] > 0
+
+
+def test_the_reward_alone_moves_the_student_only_where_a_problems_samples_differ(tmp_path):
+    settings = {
+        "steps": 1, "samples_per_problem": 2, "reward_coefficient": 1.0, "divergence_coefficient": 0.0,
+        "estimator": "sampled",
+    }  # fmt: skip
+    trainer = trainer_of(toy_config(tmp_path / "run", **settings))
+    start, played = weights(trainer), trainer._rollout(0)
+    assert {one.correct for one in played.trajectories} == {False}
+    trainer._learn(0, played)
+    assert_same(start, weights(trainer))
+    first, *rest = played.trajectories
+    trainer._learn(0, replace(played, trajectories=(replace(first, correct=True), *rest)))
+    assert any(not torch.equal(start[name], value) for name, value in weights(trainer).items())
+    assert {round(value, 6) for value in trainer.objective.tokens.advantages_N.tolist()} == {-1.0, 0.0, 1.0}
 
 
 def test_adapters_alone_are_trained_and_merged_into_the_saved_model(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_env.trainer.loss import loss_statistics, mean_loss, policy_loss
+from opd_env.trainer.loss import loss_statistics, mean_loss, policy_loss, scaled
 
 
 def batch(seed: int = 0, rows: int = 4, length: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,3 +188,11 @@ def test_mean_loss_divides_by_the_global_count_and_refuses_infinite_divergences(
         mean_loss(torch.tensor([1.0, math.inf]), 2)
     with pytest.raises(ValueError, match="must be positive"):
         mean_loss(losses, 0)
+
+
+def test_a_factor_scales_but_neither_hides_nor_spreads_a_saturated_advantage():
+    largest = torch.finfo(torch.float32).max
+    advantages = torch.tensor([2.0, -largest, largest, math.nan])
+    assert scaled(advantages, 0.5).tolist()[:3] == [1.0, -math.inf, math.inf]
+    assert math.isnan(scaled(advantages, 0.5)[3])
+    assert scaled(advantages, torch.tensor([0.5, 0, 0, 0])).tolist() == [1, 0, 0, 0]

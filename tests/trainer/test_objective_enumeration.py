@@ -1,0 +1,131 @@
+"""The same proof through the training objective itself: trajectories in, padded micro-batches, loss out.
+
+For every estimator, baseline, γ, weight and reward the update expected over all episodes is autograd's gradient of the
+enumerated objective. Recorded log-probs are float32, as in training; so the tolerance is theirs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_env.trainer.batch import PolicyModule, make_batch
+from opd_env.trainer.divergences import get_divergence
+from opd_env.trainer.objective import OPDObjective
+from opd_env.trainer.teachers import LocalTeacher
+from tests.trainer.counted import VOCABULARY, World, trajectories
+from tests.trainer.toy import toy_config
+
+
+class Remote:
+    """A teacher that gives its top k, but no logits."""
+
+    def __init__(self, local: LocalTeacher) -> None:
+        self.name, self.score, self.score_topk = "remote", local.score, local.score_topk
+
+
+def teacher_of(world: World) -> LocalTeacher:
+    return LocalTeacher(SimpleNamespace(model=world.teacher, name="counted"), vocab_size=VOCABULARY)
+
+
+def objective_of(world: World, teacher: Any = None, **settings: Any) -> OPDObjective:
+    settings = {"estimator": "sampled", "samples_per_problem": 2, **settings}
+    return OPDObjective(toy_config("unused", **settings), teacher or teacher_of(world), VOCABULARY)
+
+
+def decoder_gradient(world: World, loss: Tensor) -> Tensor:
+    """With respect to all weights below the head."""
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(world.student.model.parameters()))])
+
+
+def expected_update(world: World, objective: OPDObjective) -> Tensor:
+    """One padded micro-batch of all episodes; each token's gradient counts as often as its episode happens."""
+    objective.begin(trajectories(world))
+    batch = make_batch(objective.rows)
+    assert len({len(row.token_ids_T) for row in objective.rows}) > 1  # so that there is padding
+    probability_N = world.probabilities(world.episodes.logprobs(world.student)).detach()[batch.row_N]
+
+    def loss_of(hidden_NH: Tensor, head: Any) -> Tensor:
+        hidden_NH.register_hook(lambda gradient_NH: gradient_NH * probability_N[:, None])
+        return objective(batch, hidden_NH, head, 1.0)
+
+    return decoder_gradient(world, PolicyModule(world.student, VOCABULARY)(batch, loss_of))
+
+
+def assert_equal_updates(got: Tensor, exact: Tensor) -> None:
+    assert float(torch.cosine_similarity(got, exact, dim=0)) > 0.999999
+    assert float((got - exact).norm() / exact.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "total_variation"])
+@pytest.mark.parametrize(
+    ("estimator", "baseline", "gamma", "topk"),
+    [
+        ("sampled", "none", 0, 3),
+        ("sampled", "none", 1, 3),
+        ("sampled", "value", 0, 3),
+        ("sampled", "value", 1, 3),
+        ("full", "none", 0, 3),
+        ("topk", "none", 0, 1),
+        ("topk", "none", 0, 3),
+    ],
+)
+def test_expected_update_is_the_gradient_of_the_objective(name, estimator, baseline, gamma, topk):
+    world = World.make()
+    objective = objective_of(
+        world, divergence=name, estimator=estimator, baseline=baseline, gamma=float(gamma), topk_tokens=topk
+    )
+    exact = decoder_gradient(world, world.objective(get_divergence(name), gamma, topk=topk))
+    assert_equal_updates(expected_update(world, objective), exact)
+
+
+@pytest.mark.parametrize("gamma", [0, 1])
+def test_a_value_baseline_from_a_top_k_alone_changes_no_expected_update(gamma):
+    world = World.make()
+    remote = Remote(teacher_of(world))
+    objective = objective_of(
+        world, remote, divergence="jsd", mode="opd_plus", baseline="value", gamma=float(gamma), topk_tokens=1
+    )
+    exact = decoder_gradient(world, world.objective(get_divergence("jsd"), gamma))
+    assert_equal_updates(expected_update(world, objective), exact)
+
+
+@pytest.mark.parametrize(
+    ("settings", "distilled"),
+    [
+        ({"divergence_coefficient": 0.0}, 0.0),
+        ({"divergence_coefficient": 0.5}, 0.5),
+        ({"divergence_coefficient": 0.5, "estimator": "full"}, 0.5),
+    ],
+)
+def test_expected_update_with_a_reward_is_the_gradient_of_divergence_minus_expected_reward(settings, distilled):
+    """Over all pairs of episodes of one problem: leaving the own reward out of the group's mean is unbiased."""
+    world, coefficient = World.make(), 0.3
+    objective = objective_of(world, divergence="jsd", reward_coefficient=coefficient, **settings)
+    episodes, policy = trajectories(world), PolicyModule(world.student, VOCABULARY)
+    p_B = world.probabilities(world.episodes.logprobs(world.student))
+    total = torch.zeros((), dtype=torch.float64)
+    for (i, one), (j, other) in itertools.product(enumerate(episodes), repeat=2):
+        pair = [one, type(other)(**{**vars(other), "sample": one.sample ^ 1})]  # together a group of two
+        objective.begin(pair)
+        batch = make_batch(objective.rows)
+        loss = policy(batch, lambda hidden_NH, head, batch=batch: objective(batch, hidden_NH, head, 2.0))
+        total = total + (p_B[i] * p_B[j]).detach() * loss
+    solved_B = torch.tensor([float(one.correct) for one in episodes], dtype=torch.float64)
+    wanted = distilled * world.objective(get_divergence("jsd"), 0) - coefficient * (p_B * solved_B).sum()
+    assert_equal_updates(decoder_gradient(world, total), decoder_gradient(world, wanted))
+
+
+def test_a_constant_advantage_of_minus_one_is_a_setting_and_teaches_nothing_in_expectation():
+    """The control arm of a study: reverse KL's ln u - 1 with |ln u| bounded to nothing."""
+    world = World.make()
+    objective = objective_of(world, divergence="reverse_kl", mode="opd_plus", clip_log_ratio=1e-12)
+    update = expected_update(world, objective)
+    assert set(objective.tokens.advantages_N.tolist()) == {-1.0}
+    exact = decoder_gradient(world, world.objective(get_divergence("reverse_kl"), 0))
+    assert float(update.norm() / exact.norm()) < 1e-6

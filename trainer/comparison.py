@@ -1,0 +1,193 @@
+"""Teacher and student at the sampled tokens of a micro-batch: by one log-prob each, over the top k, or over all.
+
+Each comparison asks the teacher for what it needs, once per step or with every micro-batch, and gives one record::
+
+    comparison = make_comparison(config, teacher, divergence, vocab_size)
+    comparison.begin(trajectories)                          # the teacher reads the episodes here, or …
+    compared = comparison(batch, hidden_NH, head)           # … here, if its logits are needed
+    compared.logprobs_N, compared.teacher_logprobs_N
+
+Test it alone: ``pytest tests/trainer/test_comparison.py``
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from opd_env.trainer.batch import Head, MicroBatch, Row, make_batch
+from opd_env.trainer.config import OPDConfig
+from opd_env.trainer.divergences import Divergence
+from opd_env.trainer.logprobs import full_divergence, positions_per_chunk, token_logprobs
+from opd_env.trainer.modes import Baseline, Estimator
+from opd_env.trainer.teachers import LocalTeacher, Teacher, TopKTeacher
+from opd_env.trainer.topk import topk_divergence
+from opd_env.trainer.update import TrainingError
+from opd_env.trajectory import Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """N sampled tokens. All but ``logprobs_N`` and ``loss_N`` are detached."""
+
+    logprobs_N: Tensor
+    """The student's, with gradient."""
+    teacher_logprobs_N: Tensor
+    entropy_N: Tensor
+    """The student's, in nats."""
+    kl_N: Tensor | None = None
+    """KL(student || teacher) at the prefix, where the teacher's whole distribution is known."""
+    loss_N: Tensor | None = None
+    """The divergence over all outcomes (all tokens, or top k and tail); its gradient is the update."""
+    baseline_N: Tensor | None = None
+    """``E_p[w_f(u)]`` over the same outcomes."""
+
+
+class SampledComparison:
+    """One log-prob of the teacher per sampled token, asked for once per step."""
+
+    def __init__(self, config: OPDConfig, teacher: Teacher, vocab_size: int) -> None:
+        self._temperature = config.temperature
+        self._teacher = teacher
+        self._chunk_size = positions_per_chunk(vocab_size)
+        self.seconds = 0.0  # spent on the teacher after ``begin``
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        """The teacher scores a step's episodes."""
+        self._teacher_N = self._teacher.score(trajectories)
+        _require_one_per_token(self._teacher, trajectories, self._teacher_N)
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
+        """Compares at a micro-batch's sampled tokens."""
+        scores = token_logprobs(
+            hidden_NH, head, batch.targets_N, temperature=self._temperature, chunk_size=self._chunk_size
+        )
+        teacher_N = self._teacher_N[batch.index_N].to(hidden_NH.device)
+        return Compared(scores.logprobs_N, teacher_N, scores.entropy_N)
+
+
+class TopKComparison:
+    """The teacher's k most likely tokens and a bucket for the rest, asked for once per step."""
+
+    def __init__(self, config: OPDConfig, teacher: TopKTeacher, divergence: Divergence, vocab_size: int) -> None:
+        if config.topk_tokens > vocab_size:
+            raise ValueError(f"topk_tokens={config.topk_tokens} is more than the vocabulary of {vocab_size} tokens")
+        self._config = config
+        self._teacher = teacher
+        self._divergence = divergence
+        self._chunk_size = positions_per_chunk(vocab_size)
+        self.seconds = 0.0
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        """The teacher scores a step's episodes."""
+        self._top = self._teacher.score_topk(trajectories, self._config.topk_tokens)
+        _require_one_per_token(self._teacher, trajectories, self._top.logprobs_N)
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
+        """Compares at a micro-batch's sampled tokens."""
+        config, top, device = self._config, self._top, hidden_NH.device
+        scores = topk_divergence(
+            hidden_NH,
+            head,
+            top.topk_ids_NK[batch.index_N].to(device),
+            top.topk_logprobs_NK[batch.index_N].to(device),
+            self._divergence,
+            config.mode,
+            token_ids_N=batch.targets_N,
+            temperature=config.temperature,
+            clip_log_ratio=config.clip_log_ratio,
+            chunk_size=self._chunk_size,
+        )
+        if scores.logprobs_N is None:
+            raise TypeError("topk_divergence gave no scores of the sampled tokens")
+        return Compared(
+            scores.logprobs_N,
+            top.logprobs_N[batch.index_N].to(device),
+            scores.entropy_N,
+            loss_N=scores.loss_N,
+            baseline_N=scores.baseline_N,
+        )
+
+
+class FullComparison:
+    """The whole vocabulary; the teacher reads each micro-batch just before the student's logits are made."""
+
+    def __init__(self, config: OPDConfig, teacher: LocalTeacher, divergence: Divergence, vocab_size: int) -> None:
+        self._config = config
+        self._teacher = teacher
+        self._divergence = divergence
+        self._chunk_size = positions_per_chunk(vocab_size)
+        self._rows: list[Row] = []
+        self.seconds = 0.0
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        """Takes up a step's episodes as the teacher reads them."""
+        self._rows = self._teacher.rows(trajectories)
+        self.seconds = 0.0
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
+        """Compares at a micro-batch's sampled tokens."""
+        config = self._config
+        started = time.perf_counter()
+        teacher_hidden_NH = self._teacher.hidden(make_batch(self._rows, batch.rows)).to(hidden_NH.device)
+        self.seconds += time.perf_counter() - started
+        scores = full_divergence(
+            hidden_NH,
+            head,
+            teacher_hidden_NH,
+            self._teacher.head,
+            self._divergence,
+            config.mode,
+            token_ids_N=batch.targets_N,
+            temperature=config.temperature,
+            clip_log_ratio=config.clip_log_ratio,
+            chunk_size=self._chunk_size,
+        )
+        if scores.logprobs_N is None or scores.log_ratio_N is None:
+            raise TypeError("full_divergence gave no scores of the sampled tokens")
+        return Compared(
+            scores.logprobs_N,
+            scores.logprobs_N.detach() + scores.log_ratio_N,
+            scores.entropy_N,
+            scores.teacher_kl_N,
+            scores.loss_N,
+            scores.baseline_N,
+        )
+
+
+Comparison = SampledComparison | TopKComparison | FullComparison
+
+
+def make_comparison(config: OPDConfig, teacher: Teacher, divergence: Divergence, vocab_size: int) -> Comparison:
+    """The cheapest comparison that gives what the estimator and the baseline need.
+
+    Raises:
+        ValueError: the teacher cannot give it.
+    """
+    if config.estimator is Estimator.SAMPLED and config.baseline is Baseline.NONE:
+        return SampledComparison(config, teacher, vocab_size)
+    if isinstance(teacher, LocalTeacher) and config.estimator is not Estimator.TOPK:
+        return FullComparison(config, teacher, divergence, vocab_size)
+    if isinstance(teacher, TopKTeacher) and config.estimator is not Estimator.FULL:
+        return TopKComparison(config, teacher, divergence, vocab_size)
+    if config.estimator is Estimator.FULL:
+        raise ValueError(
+            f"estimator=full needs a teacher in this process, {teacher.name} does not give its logits; set "
+            "estimator=sampled, or estimator=topk if it gives its most likely tokens"
+        )
+    option = "estimator=topk" if config.estimator is Estimator.TOPK else "baseline=value"
+    raise ValueError(
+        f"{option} needs a teacher that gives its most likely tokens, {teacher.name} gives one log-prob per token; "
+        "set estimator=sampled and baseline=none"
+    )
+
+
+def _require_one_per_token(teacher: Teacher, trajectories: Sequence[Trajectory], teacher_N: Tensor) -> None:
+    count = sum(trajectory.num_sampled for trajectory in trajectories)
+    if teacher_N.shape != (count,):
+        raise TrainingError(
+            f"the teacher {teacher.name} gave {tuple(teacher_N.shape)} log-probs for {count} sampled tokens"
+        )

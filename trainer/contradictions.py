@@ -1,0 +1,90 @@
+"""Settings that are fine alone and cannot give a right run together: refused with the reason, before anything loads.
+
+Worked example::
+
+    refuse_contradictions(OPDConfig(…, estimator="full", gamma=0.5))     # ConfigError: gamma=0.5 has no meaning with …
+
+Test it alone: ``pytest tests/trainer/test_config.py``
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opd_env.configuration import ConfigError
+from opd_env.trainer.modes import Baseline, Estimator, Mode
+
+if TYPE_CHECKING:
+    from opd_env.trainer.config import OPDConfig
+
+
+def refuse_contradictions(config: OPDConfig) -> None:
+    """Checks everything that more than one setting decides.
+
+    Raises:
+        ConfigError: one sentence on what contradicts what, and what to set instead.
+    """
+    _off_policy(config)
+    _counts(config)
+    _estimate(config)
+    _reward(config)
+
+
+def _off_policy(config: OPDConfig) -> None:
+    reason = "would make the rollouts off-policy (OPD needs samples from the full distribution)"
+    if config.top_p != 1.0:
+        raise ConfigError(f"top_p={config.top_p} {reason}; set top_p=1.0")
+    if config.top_k != 0:
+        raise ConfigError(f"top_k={config.top_k} {reason}; set top_k=0")
+
+
+def _counts(config: OPDConfig) -> None:
+    if config.eval_split == config.split:
+        raise ConfigError(f"eval_split and split are both {config.split!r}; evaluate on a split that is not trained on")
+    if config.episodes_per_step % config.samples_per_problem:
+        raise ConfigError(
+            f"episodes_per_step={config.episodes_per_step} is not a multiple of "
+            f"samples_per_problem={config.samples_per_problem}; change one"
+        )
+    if config.eval_samples > 1 and config.eval_temperature == 0:
+        raise ConfigError(
+            f"eval_samples={config.eval_samples} of greedy decoding would all be the same; set eval_temperature, or "
+            "eval_samples=1"
+        )
+    problems = config.episodes_per_step // config.samples_per_problem
+    if config.updates_per_step > problems:
+        raise ConfigError(
+            f"updates_per_step={config.updates_per_step} is more than the {problems} problems of a step; every "
+            "update needs one"
+        )
+    updates = config.steps * config.updates_per_step
+    if config.warmup_steps > updates:
+        raise ConfigError(f"warmup_steps={config.warmup_steps} is more than the run's {updates} updates; lower it")
+
+
+def _estimate(config: OPDConfig) -> None:
+    if config.clip_ratio is not None and config.truncate_weight is not None:
+        raise ConfigError("clip_ratio and truncate_weight bound the same importance ratio; set one of them")
+    if config.baseline is Baseline.VALUE and config.mode is Mode.OPD:
+        raise ConfigError(
+            "baseline=value is the mean of the OPD+ weight and has no meaning with mode=opd; set mode=opd_plus"
+        )
+    if config.estimator is Estimator.SAMPLED:
+        return
+    for name, off in (("gamma", 0.0), ("baseline", Baseline.NONE), ("clip_ratio", None), ("truncate_weight", None)):
+        bounds_reward = name in ("clip_ratio", "truncate_weight") and config.reward_coefficient > 0
+        if getattr(config, name) != off and not bounds_reward:
+            raise ConfigError(
+                f"{name}={getattr(config, name)} has no meaning with estimator={config.estimator}, which sums over "
+                f"what could have been sampled at each token; set estimator=sampled, or leave {name} out"
+            )
+
+
+def _reward(config: OPDConfig) -> None:
+    if config.reward_coefficient > 0 and config.samples_per_problem == 1:
+        raise ConfigError(
+            f"reward_coefficient={config.reward_coefficient} compares a problem's samples with each other, and "
+            "samples_per_problem=1 leaves nothing to compare; set samples_per_problem to 4 or more"
+        )
+    if config.divergence_coefficient == config.reward_coefficient == 0:
+        raise ConfigError("divergence_coefficient and reward_coefficient are both 0: nothing would be learnt; set one")
