@@ -36,6 +36,8 @@ class Series:
     high: Sequence[float] | None = None
     dots: bool = False
     """Draw the values as separate dots instead of a line."""
+    tone: str = ""
+    """CSS class that colours it; by default as the page colours a line."""
 
 
 def line_chart(
@@ -84,7 +86,7 @@ def line_chart(
         parts.append(f'<text class="reference" x="{_LEFT + 4}" y="{label_y:.1f}">{escape(name)}</text>')
     for one in series:
         frame = _Frame(x, y, percent)
-        parts += _dots(one, frame) if one.dots else _line(one, frame)
+        parts += [f'<g class="{one.tone}">' if one.tone else "<g>", *_draw(one, frame), "</g>"]
     label = escape(", ".join(one.name for one in series))
     return Markup(
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label} over steps">'
@@ -97,7 +99,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
     """Two to four round numbers over ``low`` … ``high``; from 0 when that wastes little room."""
     if 0 < low <= 0.5 * high:
         low = 0.0
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal, up to rounding
         margin = abs(low) / 2 or 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / 2
@@ -142,6 +144,10 @@ class _Frame:
         shown = f"{100 * value:.1f} %" if self.percent else short_number(value)
         spot = f'<circle class="spot" cx="{self.x(step):.1f}" cy="{self.y(value):.1f}" r="6">'
         return f"{spot}<title>{escape(name)}, step {short_number(step)}: {shown}</title></circle>"
+
+
+def _draw(one: Series, frame: _Frame) -> list[str]:
+    return _dots(one, frame) if one.dots else _line(one, frame)
 
 
 def _line(one: Series, frame: _Frame) -> list[str]:

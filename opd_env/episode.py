@@ -94,6 +94,7 @@ class EpisodeRecorder:
             answer=answer,
             correct=grade.correct,
             difficulty=example.difficulty,
+            category=str(example.metadata.get("category", "")),
             extracted=grade.extracted,
             grade_reason=grade.reason,
             scores=dict(grade.scores),

@@ -46,7 +46,7 @@ def write_report(run_folder: str | Path) -> Path:
         StoreError: the report cannot be written.
     """
     run = Run.read(run_folder)
-    page = _template().render(_context(run))
+    page = page_template("report.html.jinja").render(_context(run))
     path = Path(run_folder) / "report.html"
     with explained(path), whole_or_nothing(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
@@ -67,7 +67,8 @@ def _context(run: Run) -> dict[str, Any]:
         "chart_groups": _charts(run),
         "phases": _phases(run.metrics),
         "behaviour": _behaviour(models),
-        "levels": _levels(models),
+        "levels": _groups(models, "by_difficulty", "Level {}"),
+        "categories": _groups(models, "by_category", "{}"),
         "stops": _counts(models, "stop_reasons"),
         "tool_errors": _counts(models, "tool_errors"),
         "episodes": episodes,
@@ -98,8 +99,8 @@ def _headline(models: Mapping[str, Model]) -> str:
         return "" if "evaluation" in models else "This run has not finished; this is how far it came."
     overlap = "overlap" if before.accuracy.overlaps(after.accuracy) else "do not overlap"
     text = (
-        f"Accuracy on {after.accuracy.n} held-out problems went from {_percent(before.accuracy.value)} to"
-        f" {_percent(after.accuracy.value)}; the 95 % intervals {overlap}."
+        f"Accuracy on {after.accuracy.n} held-out problems went from {percent(before.accuracy.value)} to"
+        f" {percent(after.accuracy.value)}; the 95 % intervals {overlap}."
     )
     first, second = before.scores, after.scores
     both = [key for key in first if key in second]
@@ -108,7 +109,7 @@ def _headline(models: Mapping[str, Model]) -> str:
         text += f" Problem by problem, {paired.gained} were gained and {paired.lost} lost (p = {paired.p_value:.1g})."
     if teacher is not None and teacher.accuracy.value > 0:
         share = after.accuracy.value / teacher.accuracy.value
-        text += f" The student reaches {100 * share:.0f} % of its teacher's {_percent(teacher.accuracy.value)}."
+        text += f" The student reaches {100 * share:.0f} % of its teacher's {percent(teacher.accuracy.value)}."
     return text
 
 
@@ -131,7 +132,7 @@ def _charts(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
         groups[chart.group].append(
             {
                 "title": chart.title,
-                "latest": _percent(latest) if chart.percent else short_number(latest),
+                "latest": percent(latest) if chart.percent else short_number(latest),
                 "svg": line_chart(series, reference=reference, percent=chart.percent),
                 "note": chart.note,
             }
@@ -174,14 +175,14 @@ def _behaviour(models: Sequence[Model]) -> list[dict[str, Any]]:
     return rows
 
 
-def _levels(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """Accuracy per difficulty; nothing when there is only one level."""
-    known = [(model, model.summary.by_difficulty) for model in models if model.summary is not None]
-    levels = sorted({level for _, rates in known for level in rates})
+def _groups(models: Sequence[Model], field: str, title: str) -> list[dict[str, Any]]:
+    """Accuracy per group of problems; nothing when there is only one."""
+    known = [(model, getattr(model.summary, field)) for model in models if model.summary is not None]
+    names = sorted({name for _, rates in known for name in rates})
     rows = []
-    for level in levels if len(levels) > 1 else ():
-        rates = [(model, by_level[level]) for model, by_level in known if level in by_level]
-        rows.append({"title": f"Level {level}", "note": f"{rates[0][1].n} problems", "rates": rates})
+    for name in names if len(names) > 1 else ():
+        rates = [(model, by_name[name]) for model, by_name in known if name in by_name]
+        rows.append({"title": title.format(name), "note": f"{rates[0][1].n} problems", "rates": rates})
     return rows
 
 
@@ -222,7 +223,8 @@ def _log_ratio(model: Model, trajectory: Trajectory) -> Any:
     return ratio_T
 
 
-def _template() -> Any:
+def page_template(name: str) -> Any:
+    """A template of ``opd_env/templates``: everything that a model or a tool wrote is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -233,9 +235,9 @@ def _template() -> Any:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = percent
     environment.globals["shade"] = _shade
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def _shade(log_ratio: float) -> Markup:
@@ -249,7 +251,8 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share as text."""
     return f"{100 * value:.1f} %"
 
 

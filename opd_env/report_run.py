@@ -20,7 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opd_env.metrics import Summary
+from opd_env.metrics import REQUIRED, Summary
 from opd_env.statistics import Rate
 from opd_env.store import load_trajectories
 from opd_env.trajectory import Trajectory
@@ -28,8 +28,6 @@ from opd_env.transcript import Decode
 
 MODELS = {"before": "Student before", "after": "Student after", "teacher": "Teacher", "evaluation": "Model"}
 """Entries of ``results.json``, in the order of the page, and what they are called."""
-
-_SUMMARY = frozenset(Summary.__dataclass_fields__)
 
 
 class Outcome(NamedTuple):
@@ -112,7 +110,7 @@ class Run:
             metrics=metrics,
             models=models,
             evaluated=_evaluated(folder, metrics, models),
-            decode=_tokenizer(folder),
+            decode=tokenizer_of(folder),
         )
 
 
@@ -166,7 +164,7 @@ def _model(folder: Path, key: str, results: Mapping[str, Any]) -> Model | None:
         key=key,
         title=MODELS[key],
         accuracy=accuracy,
-        summary=Summary.from_json(entry) if set(entry) >= _SUMMARY else None,
+        summary=Summary.from_json(entry) if set(entry) >= REQUIRED else None,
         label=str(read_json(place / "results.json").get("evaluation", {}).get("label", "")),
         trajectories=load_trajectories(files[0]) if files else (),
         log_ratios=read_json(place / "log_ratios.json"),
@@ -179,7 +177,7 @@ def _evaluated(
     found = []
     for file in sorted(folder.glob("evaluations/step_*/results.json")):
         entry = read_json(file).get("evaluation", {})
-        if set(entry) >= _SUMMARY:
+        if set(entry) >= REQUIRED:
             found.append((float(file.parent.name.removeprefix("step_")), Summary.from_json(entry)))
     ends = [models[key].summary if key in models else None for key in ("before", "after")]
     if ends[0] is not None:
@@ -189,7 +187,8 @@ def _evaluated(
     return found
 
 
-def _tokenizer(folder: Path) -> Decode | None:
+def tokenizer_of(folder: Path) -> Decode | None:
+    """Text of token ids, by the newest ``tokenizer.json`` below ``folder``; None when there is none."""
     files = sorted(folder.glob("**/tokenizer.json"), key=lambda file: file.stat().st_mtime)
     if not files:
         return None

@@ -14,7 +14,7 @@ Test it alone: ``pytest tests/core/test_statistics.py``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -139,15 +139,22 @@ def bootstrap_interval(
     """
     numerators_P = np.asarray(numerators, dtype=np.float64)
     denominators_P = np.ones_like(numerators_P) if denominators is None else np.asarray(denominators, dtype=np.float64)
-    problems = len(numerators_P)
+    drawn = draws(len(numerators_P), seed)
+    return percentiles([numerators_P[drawn_RP].sum(1) / denominators_P[drawn_RP].sum(1) for drawn_RP in drawn])
+
+
+def draws(problems: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """``RESAMPLES`` draws of as many problems as there are, in blocks of shape ``[resamples, problems]``."""
     rng = np.random.default_rng(seed)
     block = max(1, _CELLS_AT_ONCE // problems)
-    ratios: list[NDArray[np.float64]] = []
     for start in range(0, RESAMPLES, block):
-        drawn_RP = rng.integers(problems, size=(min(block, RESAMPLES - start), problems))
-        ratios.append(numerators_P[drawn_RP].sum(axis=1) / denominators_P[drawn_RP].sum(axis=1))
+        yield rng.integers(problems, size=(min(block, RESAMPLES - start), problems))
+
+
+def percentiles(blocks: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
+    """Ends of the middle 95 %; a resample in which the value is undefined (NaN) is left out."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
+    low, high = np.nanquantile(np.concatenate(blocks), [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -167,6 +174,54 @@ def pass_at_k(episodes: int, correct: int, k: int) -> float:
     if episodes < k:
         return math.nan
     return 1 - math.comb(episodes - correct, k) / math.comb(episodes, k)
+
+
+def majority_at_k(answers: Mapping[str | None, tuple[int, int]], k: int) -> float:
+    """Chance that the answer which most of k episodes gave is correct.
+
+    The mean over all ``C(n, k)`` choices of k among the problem's n episodes, ties broken by a fair draw; NaN when
+    there are fewer than k. An episode without an answer (None) does not vote, and without any vote the problem
+    counts as wrong. Source of the vote: X. Wang et al., Self-Consistency, arXiv 2203.11171.
+
+    Args:
+        answers: per extracted answer, the episodes that gave it and how many of those were graded correct.
+        k: episodes that vote, at least 1.
+
+    Raises:
+        ValueError: ``k < 1``.
+    """
+    if k < 1:
+        raise ValueError(f"majority@{k}; expected k >= 1")
+    episodes = sum(given for given, _ in answers.values())
+    if episodes < k:
+        return math.nan
+    silent = answers.get(None, (0, 0))[0]
+    voted = {answer: counts for answer, counts in answers.items() if answer is not None}
+    wins = 0.0
+    for winner, (given, correct) in voted.items():
+        if correct == 0:
+            continue
+        others = [counts[0] for answer, counts in voted.items() if answer != winner]
+        for votes in range(1, min(given, k) + 1):
+            shares = _wins_against(others, silent, votes, k - votes)
+            wins += correct / given * math.comb(given, votes) * shares
+    return wins / math.comb(episodes, k)
+
+
+def _wins_against(others: Sequence[int], silent: int, votes: int, rest: int) -> float:
+    """Ways to choose ``rest`` further episodes so that no other answer has more than ``votes``, a tie among t for 1/t.
+
+    ``ways[chosen, ties]`` grows by one answer at a time: the coefficients of a generating polynomial.
+    """
+    ways: dict[tuple[int, int], int] = {(0, 0): 1}
+    for given in others:
+        grown: dict[tuple[int, int], int] = {}
+        for (chosen, ties), count in ways.items():
+            for more in range(min(given, votes, rest - chosen) + 1):
+                key = chosen + more, ties + (more == votes)
+                grown[key] = grown.get(key, 0) + count * math.comb(given, more)
+        ways = grown
+    return sum(count * math.comb(silent, rest - chosen) / (ties + 1) for (chosen, ties), count in ways.items())
 
 
 @dataclass(frozen=True)
@@ -193,12 +248,12 @@ class PairedComparison:
         )
 
 
-def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> PairedComparison:
+def compare_paired(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> PairedComparison:
     """Compares two models problem by problem, which is sharper than comparing two intervals.
 
     The interval of yes-or-no scores is Bonett and Price's (one gained and one lost problem are added, so
-    that it keeps a width without flips; J. Educ. Behav. Stat. 37 (2012), p. 479); of any other scores, a
-    bootstrap over problems.
+    that it keeps a width without flips; J. Educ. Behav. Stat. 37 (2012), p. 479), and so it is where all problems
+    differ alike; of any other scores, a bootstrap over problems.
 
     Args:
         first: one score in 0 … 1 per problem; the mean over its episodes when there are several.
@@ -208,12 +263,15 @@ def compare_paired(first: Sequence[float], second: Sequence[float], *, seed: int
     Raises:
         ValueError: different lengths, or no problem.
     """
-    if len(first) != len(second) or not len(first):
-        raise ValueError(f"{len(first)} and {len(second)} scores; a paired comparison needs one of each per problem")
-    difference_P = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    first_P, second_P = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if first_P.shape != second_P.shape or not len(first_P):
+        raise ValueError(
+            f"{len(first_P)} and {len(second_P)} scores; a paired comparison needs one of each per problem"
+        )
+    difference_P = second_P - first_P
     n = len(difference_P)
     gained, lost = int((difference_P > 0).sum()), int((difference_P < 0).sum())
-    if np.isin(difference_P, (-1, 0, 1)).all():
+    if np.isin(difference_P, (-1, 0, 1)).all() or np.ptp(difference_P) == 0:
         padded = np.append(difference_P, (1.0, -1.0))
         half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * float(padded.std()) / math.sqrt(n + 2)
         centre = float(padded.mean())

@@ -127,6 +127,8 @@ class Trajectory:
     """Text of the final turn; None when there was none."""
     correct: bool
     difficulty: int = 0
+    category: str = ""
+    """Kind of problem, for tables per category: the example's ``metadata["category"]``."""
     seed: int = 0
     drift: int = 0
     """Tokens that differ when the finished conversation is rendered anew; 0 for append-only templates."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 JOURNAL, PARQUET = ".jsonl", ".parquet"
 _ROWS_PER_GROUP = 128
 """Rows that are written to and read from Parquet at once."""
+_ADDED = {"category"}
+"""Columns with a default that files of earlier versions lack."""
 
 
 class StoreError(OSError):
@@ -93,7 +95,7 @@ class ParquetRows:
             self._file = pq.ParquetFile(path)
         except pa.ArrowInvalid as error:
             raise StoreError(f"{path} is no Parquet file: {error}") from error
-        missing = set(arrow_schema().names) - set(self._file.schema_arrow.names)
+        missing = set(arrow_schema().names) - set(self._file.schema_arrow.names) - _ADDED
         if missing:
             raise StoreError(f"{path} holds no trajectories: it lacks {', '.join(sorted(missing))}")
         metadata = self._file.metadata
@@ -158,8 +160,8 @@ def arrow_schema() -> pa.Schema:
             "token_ids": pa.list_(pa.int32()), "sampled": pa.list_(pa.bool_()), "kind": pa.list_(pa.uint8()),
             "turn": pa.list_(pa.int16()), "logprobs": pa.list_(pa.float32()), "turns": pa.list_(pa.struct(turn)),
             "stop_reason": pa.string(), "answer": pa.string(), "correct": pa.bool_(), "difficulty": pa.int64(),
-            "seed": pa.int64(), "drift": pa.int64(), "extracted": pa.string(), "grade_reason": pa.string(),
-            "scores": pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()})),
+            "category": pa.string(), "seed": pa.int64(), "drift": pa.int64(), "extracted": pa.string(),
+            "grade_reason": pa.string(), "scores": pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()})),
             "question": pa.string(), "seconds": pa.float64(),
         }
     )  # fmt: skip

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("opd_env.cli.train", "distil a student: settings from YAML files and --options"),
     "eval": ("opd_env.cli.play", "score a model on tasks, with confidence intervals"),
     "rollout": ("opd_env.cli.play", "play a few episodes and show every token's kind"),
+    "compare": ("opd_env.cli.compare", "set evaluations of the same problems against each other"),
     "report": ("opd_env.cli.train", "write report.html of a run folder again"),
     "certify": ("opd_env.cli.certify", "prove each divergence's expected update against its exact gradient"),
     "tools": ("opd_env.cli.listing", "list the tools, show one, or test one"),

@@ -194,22 +194,12 @@ def _progress(label: str) -> Iterator[Any]:
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
-_STYLES = {"prompt": "dim", "scaffold": "dim", "text": "green", "thinking": "magenta", "tool_call": "yellow"}
-
-
 def _show(console: Console, trajectory: Trajectory, chat: ChatFormat) -> None:
-    """One episode as it stands in the token arrays, coloured by kind."""
-    from rich.text import Text
-
-    from opd_env.transcript import transcript
+    from opd_env.cli.tables import transcript_text
 
     verdict = "[green]correct[/]" if trajectory.correct else f"[red]wrong[/] ({trajectory.grade_reason})"
     console.rule(f"{trajectory.task} {trajectory.example_id} – {verdict}, {trajectory.stop_reason}")
-    shown = Text()
-    for block in transcript(trajectory, chat.decode):
-        for piece in block.pieces:
-            shown.append(piece.text, style=_STYLES.get(piece.kind, "cyan"))
-    console.print(shown)
+    console.print(transcript_text(trajectory, chat.decode))
 
 
 def _slug(name: str) -> str:

@@ -10,6 +10,10 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
+
+from opd_env.trajectory import Trajectory
+from opd_env.transcript import Decode, transcript
 
 _METRICS = {
     "accuracy": "accuracy",
@@ -31,6 +35,27 @@ def before_after_table(results: Mapping[str, Any]) -> Table:
         if key in results["after"]:
             table.add_row(label, *(_rate(results[name], key) for name in ("before", "after", "teacher")))
     return table
+
+
+_STYLES = {"prompt": "dim", "scaffold": "dim", "text": "green", "thinking": "magenta", "tool_call": "yellow"}
+
+
+def transcript_text(trajectory: Trajectory, decode: Decode | None, *, prompt: bool = True) -> Text:
+    """One episode coloured by kind: as it stands in the token arrays, or without a decoder as its turns were recorded.
+
+    Args:
+        trajectory: a finished episode.
+        decode: text of token ids.
+        prompt: show the opening messages too.
+    """
+    shown = Text()
+    for block in transcript(trajectory, decode if len(trajectory.token_ids) else None):
+        if block.role != "prompt" or prompt:
+            for piece in block.pieces:
+                shown.append(piece.text, style=_STYLES.get(piece.kind, "cyan"))
+            if decode is None:
+                shown.append("\n")
+    return shown
 
 
 def _rate(summary: Mapping[str, Any], key: str) -> str:

@@ -49,11 +49,33 @@ def make_run(
     return folder
 
 
-def write_evaluation(folder: Path, trajectories: list[Trajectory]) -> dict[str, Any]:
+SETTINGS = {
+    "model": "packaged:student",
+    "task": "arithmetic",
+    "version": "1",
+    "split": "test",
+    "tools": ["calculator"],
+    "samples": 1,
+    "sampling": {"temperature": 0.0, "max_tokens": 256},
+    "seed": 0,
+    "prompt_hash": "5d41402abc4b2a76",
+}
+
+
+def write_evaluation(folder: Path, trajectories: list[Trajectory], **settings: Any) -> dict[str, Any]:
     entry = summarise(trajectories).to_json()
     save_trajectories(trajectories, folder / "trajectories.parquet")
     (folder / "results.json").write_text(
-        json.dumps({"evaluation": entry | {"label": "arithmetic (with tools: calculator)"}})
+        json.dumps(
+            {
+                "evaluation": entry
+                | {
+                    "label": "arithmetic (with tools: calculator)",
+                    "settings": SETTINGS | settings,
+                    "versions": {"python": "3.11.9", "opd-env": "0.1.0"},
+                }
+            }
+        )
     )
     return entry
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from opd_env.metrics import NEEDS_TOOL, Summary, summarise
 from opd_env.statistics import NO_RATE, pass_at_k, rate, wilson
+from opd_env.tally import fractions, tally
 from opd_env.tools import ToolErrorKind
 from opd_env.trajectory import StopReason, Trajectory
 from tests.core.trajectory_samples import Call, make_trajectories, make_trajectory
@@ -191,6 +192,34 @@ def test_accuracy_is_split_by_difficulty() -> None:
         make_trajectory(example_id=str(i), difficulty=1 + i % 2, correct=i in (0, 1, 2)) for i in range(8)
     )
     assert summary.by_difficulty == {1: wilson(2, 4), 2: wilson(1, 4)}
+
+
+def test_accuracy_is_split_by_category_of_problem() -> None:
+    episodes = [make_trajectory(example_id=str(i), category="ab"[i % 2], correct=i < 3) for i in range(6)]
+    assert summarise(episodes).by_category == {"a": wilson(2, 3), "b": wilson(1, 3)}
+
+
+def test_majority_needs_several_samples_with_an_extracted_answer() -> None:
+    def one(sample: int, extracted: str | None, correct: bool) -> Trajectory:
+        return make_trajectory(sample=sample, extracted=extracted, correct=correct)
+
+    summary = summarise([one(0, "5", False), one(1, "4", True), one(2, "4", True), one(3, None, False)])
+    assert list(summary.majority_at_k) == [2, 4]
+    assert summary.majority_at_k[4].value == 1
+    assert summary.majority_at_k[2].value == pytest.approx((1 + 0.5 * 2 + 2 + 0) / 6)
+    assert summarise([one(0, "4", True)]).majority_at_k == {}
+    assert summarise([one(0, None, True), one(1, None, True)]).majority_at_k == {}
+
+
+def test_a_score_named_as_a_rate_is_kept_apart_in_tables() -> None:
+    found = fractions(tally([make_trajectory(scores={"called": 1.0})]))
+    assert (found["grader/called"].numerators.sum(), found["called"].numerators.sum()) == (1, 0)
+
+
+def test_summaries_of_earlier_versions_can_be_read() -> None:
+    flat = summarise(make_trajectories(4, 0.5)).to_json()
+    del flat["by_category"], flat["majority_at_k"]
+    assert Summary.from_json(flat).by_category == {}
 
 
 def test_grader_scores_are_averaged_over_the_episodes_that_have_them() -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from opd_env.statistics import (
     Rate,
     bootstrap_interval,
     compare_paired,
+    majority_at_k,
     pass_at_k,
     rate,
     sign_test,
@@ -217,3 +219,31 @@ def test_importing_statistics_pulls_in_no_heavy_library() -> None:
     code = "import sys, opd_env.statistics; print({'torch', 'pyarrow', 'matplotlib'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"
+
+
+ANSWERS = st.dictionaries(
+    st.sampled_from([None, "a", "b", "c"]),
+    st.tuples(st.integers(1, 3), st.integers(0, 3)).map(lambda pair: (pair[0], min(pair))),
+    min_size=1,
+)
+
+
+@given(ANSWERS, st.integers(1, 6))
+def test_majority_equals_the_vote_of_every_subset(answers: dict[str | None, tuple[int, int]], k: int) -> None:
+    episodes = [(answer, i < right) for answer, (given_, right) in answers.items() for i in range(given_)]
+    if len(episodes) < k:
+        assert math.isnan(majority_at_k(answers, k))
+        return
+    outcomes = []
+    for chosen in itertools.combinations(episodes, k):
+        votes = Counter(answer for answer, _ in chosen if answer is not None)
+        winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+        shares = [answers[answer][1] / answers[answer][0] for answer in winners]
+        outcomes.append(sum(shares) / len(shares) if shares else 0.0)
+    assert majority_at_k(answers, k) == pytest.approx(sum(outcomes) / len(outcomes))
+
+
+def test_majority_of_one_is_the_share_of_correct_episodes() -> None:
+    assert majority_at_k({"a": (2, 2), "b": (1, 0), None: (1, 0)}, 1) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="k >= 1"):
+        majority_at_k({}, 0)

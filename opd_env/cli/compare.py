@@ -1,0 +1,143 @@
+"""``opd-env compare`` sets evaluations of the same problems against each other.
+
+Test it alone: ``pytest tests/core/test_compare.py``
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opd_env.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from opd_env.compare import Comparison, Flip, Side
+
+_CLEAR = {True: "bold", False: "dim"}
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Carries out the command."""
+    parser = argparse.ArgumentParser(
+        prog="opd-env compare",
+        description="Sets evaluations of the same problems against the first one: the difference of every metric with "
+        "its 95 %% interval, and the problems that were gained and lost. One run folder alone is compared with itself "
+        "before training.",
+    )
+    parser.add_argument("evaluations", nargs="+", help="run folders, evaluation folders, or their results.json")
+    parser.add_argument("--flips", type=int, default=10, help="flipped problems to list, of each direction (10)")
+    parser.add_argument("--transcripts", type=int, default=1, help="of those, how many to show whole (1)")
+    parser.add_argument("--output", default="runs/compare.html", help="the page to write (runs/compare.html)")
+    chosen = parser.parse_args(list(arguments))
+
+    from rich.console import Console
+
+    from opd_env.compare import compare, read_side
+    from opd_env.compare_page import write_comparison
+
+    first, *others = [read_side(path) for path in _paths(chosen.evaluations)]
+    comparisons = [compare(first, other) for other in others]
+    console = Console()
+    for comparison in comparisons:
+        _show(console, comparison, chosen.flips, chosen.transcripts)
+    curves = [side for side in (first, *others) if len(side.curve) > 1]
+    if curves:
+        console.print(_curve_table(curves))
+    console.print(f"page: {write_comparison(comparisons, chosen.output)}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _paths(given: Sequence[str]) -> list[Path]:
+    """One run folder stands for its evaluations before and after training."""
+    if len(given) > 1:
+        return [Path(path) for path in given]
+    before, after = (Path(given[0]) / "evaluations" / name for name in ("before", "after"))
+    if not before.exists() or not after.exists():
+        raise UserError(f"{given[0]} alone has nothing to be compared with; give two evaluations, or a finished run")
+    return [before, Path(given[0])]
+
+
+def _show(console: Console, comparison: Comparison, flips: int, transcripts: int) -> None:
+    from rich.text import Text
+
+    from opd_env.compare_page import summary_sentence
+
+    console.rule(Text(f"{comparison.second.name} against {comparison.first.name}"))
+    console.print(Text(f"{comparison.second.label or comparison.second.settings['task']}", style="bold"))
+    console.print(Text(summary_sentence(comparison)))
+    for note in comparison.notes:
+        console.print(Text(note, style="yellow"))
+    console.print(_table(comparison))
+    for title, style, all_flips in (("gained", "green", comparison.gained), ("lost", "red", comparison.lost)):
+        if not all_flips:
+            continue
+        console.print(Text(f"{title}: {len(all_flips)}", style=f"bold {style}"))
+        for number, flip in enumerate(all_flips[:flips]):
+            _show_flip(console, comparison, flip, whole=number < transcripts)
+        if len(all_flips) > flips:
+            console.print(Text(f"  … {len(all_flips) - flips} more (--flips)", style="dim"))
+
+
+def _table(comparison: Comparison) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from opd_env.compare_page import metric_title
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Metric", overflow="fold")
+    for name in ("First", "Second", "Difference", "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for metric in comparison.metrics:
+        change = metric.difference
+        style = _CLEAR[change.clear]
+        cells = (
+            f"{100 * metric.first.value:.1f} %",
+            f"{100 * metric.second.value:.1f} %",
+            f"{100 * change.value:+.1f}",
+        )
+        interval = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+        table.add_row(*(Text(cell, style=style) for cell in (metric_title(metric.name), *cells, interval)))
+    table.caption = "bold: the interval leaves out 0; of twenty equal metrics, one is expected to"
+    table.caption_justify = "left"
+    return table
+
+
+def _show_flip(console: Console, comparison: Comparison, flip: Flip, *, whole: bool) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from opd_env.cli.tables import transcript_text
+    from opd_env.transcript import shorten, visible
+
+    question = " ".join(visible(flip.question).split())
+    console.print(Text.assemble(("  ", ""), (flip.example_id, "bold"), "  ", question if whole else question[:160]))
+    for side, place in ((comparison.first, flip.first), (comparison.second, flip.second)):
+        one = side.trajectories[place]
+        mark, style = ("✓", "green") if one.correct else ("✗", "red")
+        said = one.extracted or one.answer or str(one.stop_reason)
+        console.print(
+            Text.assemble("    ", (mark, style), f" {side.name}: ", " ".join(shorten(visible(said)).split())[:200])
+        )
+        if whole:
+            console.print(Padding(transcript_text(one, side.decode, prompt=False), (0, 0, 0, 8)))
+
+
+def _curve_table(sides: Sequence[Side]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title="Learning curves: accuracy on held-out problems", title_justify="left")
+    table.add_column("Step", justify="right")
+    for side in sides:
+        table.add_column(side.name, justify="right", overflow="fold")
+    curves = [dict(side.curve) for side in sides]
+    for step in sorted({step for curve in curves for step in curve}):
+        table.add_row(f"{step:g}", *(str(curve[step].accuracy) if step in curve else "" for curve in curves))
+    return table
