@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 JOURNAL, PARQUET = ".jsonl", ".parquet"
+UNFINISHED = ".unfinished"
+"""End of the hidden name under which a file or folder is written before it takes its own."""
 _ROWS_PER_GROUP = 128
 """Rows that are written to and read from Parquet at once."""
 _ADDED = {"category"}
@@ -171,12 +174,20 @@ def arrow_schema() -> pa.Schema:
 def whole_or_nothing(path: Path) -> Iterator[Path]:
     """Gives a hidden path to write to, which takes the name ``path`` at the end if nothing went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # or a power failure could leave the new name with nothing in it
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what processes that were killed had begun to write in a folder or below it."""
+    for path in folder.rglob(f".*{UNFINISHED}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

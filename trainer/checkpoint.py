@@ -28,12 +28,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from opd_env.errors import UserError
+from opd_env.trajectory_files import UNFINISHED, remove_unfinished
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _PREFIX = "step_"
-_UNFINISHED = ".unfinished-"
 
 
 class CheckpointError(UserError):
@@ -71,9 +71,9 @@ class Checkpoints:
             CheckpointError: the disk is full or the folder cannot be written. Earlier checkpoints are untouched.
         """
         final = self.folder / f"{_PREFIX}{step:08d}"
-        unfinished = self.folder / f"{_UNFINISHED}{final.name}"
+        unfinished = self.folder / f".{final.name}{UNFINISHED}"
         try:
-            self._remove_unfinished()
+            remove_unfinished(self.folder)
             unfinished.mkdir(parents=True)
             for name, write in files.items():
                 write(unfinished / name)
@@ -95,7 +95,9 @@ class Checkpoints:
                 f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}; {before}; free space, "
                 "then start the same command again to continue"
             ) from error
-        for old in self.steps()[: -self._keep]:
+        steps = self.steps()
+        sound = [other for other in steps if other <= step]  # a later one was damaged, or this run would be further
+        for old in set(steps) - set(sound[-self._keep :]):
             shutil.rmtree(self._path(old), ignore_errors=True)
         return Checkpoint(final, step)
 
@@ -127,10 +129,6 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step:08d}"
-
-    def _remove_unfinished(self) -> None:
-        for path in self.folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(path)
 
 
 def find_damage(folder: Path) -> str | None:

@@ -9,6 +9,9 @@ Worked example::
 
 A second Ctrl-C, while the first is postponed, raises at once.
 
+Processes that train together must stop at the same moment, or one would wait for the others for ever: with ``agree``
+every signal waits for the end of the next postponed block, where all of them ask each other.
+
 Test it alone: ``pytest tests/trainer/test_interruption.py``
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -26,9 +29,13 @@ class Interruption:
     """Turns SIGINT and SIGTERM into ``KeyboardInterrupt`` at a moment when the run can be continued.
 
     Outside the main thread, where Python has no signals, it does nothing.
+
+    Args:
+        agree: whether any process was asked to stop, given whether this one was; None when there is only one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:
+        self._agree = agree
         self._postponing = False
         self._requested = False
         self._before: dict[signal.Signals, Any] = {}
@@ -47,18 +54,20 @@ class Interruption:
 
     @contextmanager
     def postponed(self) -> Iterator[None]:
-        """Within, the first signal waits for the end of the block."""
+        """Within, the first signal waits for the end of the block. All processes go through the same blocks."""
         self._postponing = True
         try:
             yield
         finally:
             self._postponing = False
+        if self._agree is not None:
+            self._requested = self._agree(self._requested)
         if self._requested:
             self._requested = False
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._postponing and not self._requested:
+        if (self._postponing or self._agree is not None) and not self._requested:
             self._requested = True
         else:
             raise KeyboardInterrupt

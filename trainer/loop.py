@@ -42,7 +42,7 @@ from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.display import Display
 from opd_env.trainer.held_out import HeldOut
 from opd_env.trainer.interruption import Interruption
-from opd_env.trainer.metrics import MetricsLog, rollout_metrics, teacher_metrics, token_metrics
+from opd_env.trainer.metrics import MetricsLog, read_metrics, rollout_metrics, teacher_metrics, token_metrics
 from opd_env.trainer.objective import OPDObjective, TokenValues
 from opd_env.trainer.order import problem_at
 from opd_env.trainer.run_folder import RunFolder, git_state
@@ -100,7 +100,8 @@ class OPDTrainer:
             CheckpointError: a checkpoint cannot be written; earlier ones are kept.
         """
         config, step = self.config, 0
-        with Interruption() as interruption, self.display:
+        agree = self._any_process if self.accelerator.num_processes > 1 else None
+        with Interruption(agree) as interruption, self.display:
             self._open()
             results = self.folder.read_results()
             progress = self._continue()
@@ -110,10 +111,15 @@ class OPDTrainer:
                 self._warm_start()
             else:
                 step, started = progress.step, started - progress.seconds
-            log = MetricsLog(self.folder.path / "metrics.jsonl", last_step=step) if self._is_main else None
+            log_file = self.folder.path / "metrics.jsonl"
+            evaluated = step > 0 and any(r["step"] == step and "eval/accuracy" in r for r in read_metrics(log_file))
+            log = MetricsLog(log_file, last_step=step) if self._is_main else None
             advance = self.display.phase("training", config.steps, step)
             try:
                 while step < config.steps:
+                    if config.eval_every and step and step % config.eval_every == 0 and not evaluated:
+                        self._log(log, step, self.held_out.during(self.engine, step))
+                    evaluated = False
                     played = self._rollout(step)
                     with interruption.postponed():
                         metrics = self._learn(step, played)
@@ -122,8 +128,6 @@ class OPDTrainer:
                         if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
                             self._save(step, time.perf_counter() - started)
                     advance(step, _shown(metrics))
-                    if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                        self._log(log, step, self.held_out.during(self.engine, step))
                 results["after"] = self.held_out.evaluate("after", self.engine, f"{config.student} after {step} steps")
             except KeyboardInterrupt:
                 if step > 0 and step not in self.checkpoints.steps():
@@ -275,12 +279,14 @@ class OPDTrainer:
             self.accelerator.init_trackers("opd-env", config=_flat(self.config))
 
     def _continue(self) -> Progress | None:
-        """Restores the newest checkpoint, if the run has one."""
+        """Restores the newest checkpoint, if the run has one; forgets what was played after it."""
         checkpoint = self.checkpoints.newest()
-        if checkpoint is None:
-            return None
-        progress = restore(self.updater, checkpoint)
-        self.display.say(f"continuing after step {progress.step}, from {checkpoint.folder}")
+        progress = None if checkpoint is None else restore(self.updater, checkpoint)
+        if self._is_main:
+            self.folder.forget_episodes(0 if progress is None else progress.step)
+        self.accelerator.wait_for_everyone()
+        if progress is not None and checkpoint is not None:
+            self.display.say(f"continuing after step {progress.step}, from {checkpoint.folder}")
         return progress
 
     def _save(self, step: int, seconds: float) -> None:
@@ -322,6 +328,9 @@ class OPDTrainer:
     def _last_checkpoint(self) -> str:
         steps = self.checkpoints.steps()
         return f"The checkpoint of step {steps[-1]} is kept" if steps else "There is no checkpoint yet"
+
+    def _any_process(self, stop: bool) -> bool:
+        return any(gather_object([stop]))
 
     @property
     def _is_main(self) -> bool:

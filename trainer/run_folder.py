@@ -25,10 +25,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from opd_env.configuration import ConfigError, build, read_yaml, to_dict, to_yaml
 from opd_env.evaluation import installed_versions
 from opd_env.trainer.config import UNHASHED, OPDConfig, Resume
-from opd_env.trajectory_files import explained, whole_or_nothing
+from opd_env.trajectory_files import UNFINISHED, explained, remove_unfinished, whole_or_nothing
 
 
 class RunFolder:
@@ -50,14 +52,22 @@ class RunFolder:
             StoreError: the disk is full or the folder cannot be written.
         """
         if self._config.resume is Resume.NEVER and self.path.exists():
-            with explained(self.path):
-                shutil.rmtree(self.path)
+            self._remove_run()
+        with explained(self.path):
+            remove_unfinished(self.path)
         head = [
             f"# config_hash: {self._config.config_hash}",
             *(f"# {name}: {value}" for name, value in installed_versions().items()),
             *(f"# {name}: {value}" for name, value in git_state().items()),
         ]
         self._write("config.yaml", "\n".join(head) + "\n" + to_yaml(self._config))
+
+    def forget_episodes(self, last_step: int) -> None:
+        """Removes the stored episodes of steps after ``last_step``: a run that continues there plays them again."""
+        with explained(self.path / "trajectories"):
+            for path in (self.path / "trajectories").glob("step_*"):
+                if int(path.name.split(".")[0].split("_")[1]) > last_step:
+                    path.unlink()
 
     def read_results(self) -> dict[str, Any]:
         """What ``results.json`` holds; empty when there is none."""
@@ -77,18 +87,32 @@ class RunFolder:
         self._write(name, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
     def save_model(self, save: Callable[[Path], Any]) -> None:
-        """Replaces ``model/`` by what ``save`` writes into the folder that it is given."""
-        final, unfinished = self.path / "model", self.path / ".model.unfinished"
+        """Replaces ``model/`` by what ``save`` writes into the folder that it is given.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written; the former model is kept.
+        """
+        final, unfinished = self.path / "model", self.path / f".model{UNFINISHED}"
         with explained(final):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            save(unfinished)
-            shutil.rmtree(final, ignore_errors=True)
-            unfinished.rename(final)
+            try:
+                unfinished.mkdir()
+                save(unfinished)
+                shutil.rmtree(final, ignore_errors=True)
+                unfinished.rename(final)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _write(self, name: str, text: str) -> None:
         with explained(self.path / name), whole_or_nothing(self.path / name) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
+
+    def _remove_run(self) -> None:
+        """``config.yaml`` goes last: a run that a kill left half-removed is still known to be one."""
+        with explained(self.path):
+            for path in sorted(self.path.iterdir(), key=lambda path: path.name == "config.yaml"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _check(self) -> None:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):

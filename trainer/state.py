@@ -1,5 +1,10 @@
 """What a run needs to continue as if it had never stopped: weights, optimiser, random numbers, progress.
 
+Weights, both moments and the step count of every parameter's optimiser, the random state of every process and the
+number of finished steps. The rest follows from these: the learning rate from the number of updates, the problems and
+seeds of the next step from the number of steps. No episode is under way at a checkpoint; those that were trained on lie
+in ``trajectories/``, and the lines of ``metrics.jsonl`` after the checkpoint are dropped when a run continues.
+
 Everything is plain tensors (safetensors) and JSON; nothing is pickled, so a checkpoint can be read safely::
 
     checkpoints.save(step, state_files(updater, Progress(step=25, updates=25)))

@@ -123,7 +123,7 @@ def test_a_full_disk_keeps_the_one_before(tmp_path, monkeypatch, broken):
 def test_what_a_kill_left_half_written_is_ignored_and_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, files())
-    half = tmp_path / ".unfinished-step_00000002"
+    half = tmp_path / ".step_00000002.unfinished"
     half.mkdir()
     (half / "a.txt").write_text("half")
     assert checkpoints.newest().step == 1

@@ -53,6 +53,26 @@ def test_the_second_signal_stops_at_once_even_within_an_update():
     assert stopped_by(KeyboardInterrupt, work) == ["first"]
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_processes_that_agree_stop_together_at_the_end_of_a_block(ours):
+    """Whoever gets the signal, and wherever: all go on to the end of the block, ask each other there, and stop."""
+    done, asked = [], []
+
+    def agree(requested):
+        asked.append(requested)
+        return len(asked) == 2
+
+    with Interruption(agree) as interruption, pytest.raises(KeyboardInterrupt):
+        for step in range(9):
+            if step == 1 and ours:
+                send()
+            done.append("rollout")
+            with interruption.postponed():
+                done.append("update")
+    assert asked == [False, ours]
+    assert done == ["rollout", "update"] * 2
+
+
 def test_an_error_within_an_update_is_not_hidden_by_a_signal():
     def work(interruption, done):
         with interruption.postponed():

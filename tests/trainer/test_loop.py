@@ -370,39 +370,6 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-_SCRIPT = """
-import sys
-from tests.trainer.test_loop import trainer_of
-from tests.trainer.toy import toy_config
-trainer_of(toy_config(sys.argv[1], steps=40, eval_every=0)).train()
-"""
-
-
-@pytest.mark.slow
-def test_a_real_kill_at_any_moment_loses_nothing(tmp_path):
-    """SIGKILL three times at different moments; the end is bit-equal to an uninterrupted run."""
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _SCRIPT]
-
-    def steps(folder):
-        return len([row for row in read_metrics(Path(folder) / "metrics.jsonl") if "train/loss" in row])
-
-    straight = subprocess.Popen([*command, str(tmp_path / "straight")], env=environment, cwd=root)
-    for target in (3, 11, 24):
-        running = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, cwd=root)
-        deadline = time.monotonic() + 120
-        while steps(tmp_path / "killed") < target and time.monotonic() < deadline and running.poll() is None:
-            time.sleep(0.003)
-        running.kill()
-        assert running.wait() == -signal.SIGKILL
-    assert subprocess.run([*command, str(tmp_path / "killed")], env=environment, cwd=root, timeout=180).returncode == 0
-    assert straight.wait(timeout=180) == 0
-    one, other = (load_model(str(tmp_path / name / "model")).model.state_dict() for name in ("straight", "killed"))
-    assert_same(one, other)
-    assert steps(tmp_path / "killed") == 40
-
-
 _TWO = """
 import sys
 from tests.trainer.test_loop import trainer_of, two_updates
