@@ -23,8 +23,10 @@ from __future__ import annotations
 import hashlib
 import operator
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
 
 from opd_env.messages import Message, ToolCall, assistant, tool_message, user
 from opd_env.tasks.base import Example, Grade, Task
@@ -106,21 +108,14 @@ class Arithmetic(Task):
         self.levels = tuple(levels)
         if not self.levels or not set(self.levels) <= set(LEVELS):
             raise ValueError(f"levels={list(levels)}: expected some of {list(LEVELS)}")
-        kinds = [kind for kind in KINDS if len(kind.operators) in self.levels]
-        rng = random.Random(f"arithmetic {self.version} {split} {self.levels} {seed}")
-        examples: dict[str, Example] = {}
-        while len(examples) < SIZES[split]:
-            example = _draw(kinds[len(examples) % len(kinds)], rng)
-            if split_of(example.id) == split:
-                examples.setdefault(example.id, example)
-        self._examples = tuple(examples.values())
+        self._drawn = (split, self.levels, seed)
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return SIZES[self.split]
 
     def example(self, index: int) -> Example:
         """The example at ``index``; the kinds of problem take turns."""
-        return self._examples[index]
+        return _problems(*self._drawn)[index]
 
     def grade(self, example: Example, answer: str | None, turns: Sequence[Message] = ()) -> Grade:
         """Right when the answer's final number equals the gold one."""
@@ -139,6 +134,38 @@ def split_of(example_id: str) -> str:
     """The one split that a problem may appear in: a tenth each are for validation and for test."""
     bucket = int(example_id.rpartition("-")[2], 16) % 10
     return ("test", "validation")[bucket] if bucket < 2 else "train"
+
+
+class _Problems:
+    """The problems of one split, drawn in order and only as far as somebody has asked: 20,000 take about a second."""
+
+    def __init__(self, split: str, levels: tuple[int, ...], seed: int) -> None:
+        self._rest = _draw_all(split, levels, seed)
+        self._drawn: list[Example] = []
+        self._lock = Lock()
+
+    def __getitem__(self, index: int) -> Example:
+        if index >= len(self._drawn):
+            with self._lock:
+                while index >= len(self._drawn):
+                    self._drawn.append(next(self._rest))
+        return self._drawn[index]
+
+
+_problems = lru_cache(maxsize=8)(_Problems)
+"""Tasks of the same coordinates share their problems; a task itself holds none, so it is small to copy."""
+
+
+def _draw_all(split: str, levels: tuple[int, ...], seed: int) -> Iterator[Example]:
+    """The problems of a split without end, none twice; the kinds take turns."""
+    kinds = [kind for kind in KINDS if len(kind.operators) in levels]
+    rng = random.Random(f"arithmetic {Arithmetic.version} {split} {levels} {seed}")
+    seen: set[str] = set()
+    while True:
+        example = _draw(kinds[len(seen) % len(kinds)], rng)
+        if split_of(example.id) == split and example.id not in seen:
+            seen.add(example.id)
+            yield example
 
 
 def _draw(kind: Kind, rng: random.Random) -> Example:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
 
 from opd_env.messages import calls_of
-from opd_env.tasks import load_task
+from opd_env.tasks import arithmetic, load_task
 from opd_env.tasks.arithmetic import KINDS, LARGEST, SIZES, Arithmetic, split_of
 from opd_env.tools import Toolbox
 
@@ -30,6 +34,44 @@ def test_an_example_is_a_pure_function_of_its_coordinates():
     assert first[0].messages[0]["content"] == (
         "Ben has 368 stamps and gets 247 more. How many stamps does Ben have now?"
     ), "the text of a published version has changed: raise `version`"
+
+
+def digest(task):
+    rows = [[e.id, e.messages, e.answer, e.difficulty, e.metadata] for e in task]
+    return hashlib.sha256("".join(map(json.dumps, rows)).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("split", "levels", "expected"),
+    [
+        ("train", (1, 2), "5729dea38fd9749b"),
+        ("validation", (1, 2, 3), "2aa4edc7d79b8bdd"),
+        ("test", (1, 2), "8ed56b5773d2483b"),
+        ("test", (3,), "1c8236f25cbbec91"),
+    ],
+)
+def test_the_published_examples_are_the_same_to_the_byte(split, levels, expected):
+    assert digest(Arithmetic(split, levels=levels)) == expected, "a published version has changed: raise `version`"
+
+
+def test_examples_do_not_depend_on_the_order_in_which_they_are_asked_for():
+    in_order = list(Arithmetic("test", seed=11))
+    arithmetic._problems.cache_clear()
+    task = Arithmetic("test", seed=11)
+    assert [task[index] for index in (700, 3, 999, 701)] == [in_order[index] for index in (700, 3, 999, 701)]
+
+
+def test_threads_that_ask_at_once_get_the_same_examples():
+    arithmetic._problems.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        drawn = list(pool.map(lambda index: Arithmetic("test", seed=12)[index].id, [*range(300)] * 2))
+    assert drawn[:300] == drawn[300:] == [example.id for example in Arithmetic("test", seed=12)[:300]]
+
+
+def test_a_task_is_small_to_copy_to_another_process():
+    task = Arithmetic("train")
+    assert len(pickle.dumps(task)) < 1_000
+    assert pickle.loads(pickle.dumps(task))[5] == task[5]
 
 
 def test_another_seed_gives_other_problems():
