@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from opd_env.trainer.divergences import Divergence, get_divergence
+from opd_env.trainer.loss import scaled
 from opd_env.trainer.modes import Mode
 
 
@@ -36,6 +37,7 @@ def advantage(
     gamma: float = 0.0,
     mask: Tensor | None = None,
     baseline: Tensor | None = None,
+    weights: Tensor | None = None,
     clip_log_ratio: float | None = None,
 ) -> Tensor:
     """The advantage of every sampled token.
@@ -52,6 +54,8 @@ def advantage(
         mask: True where the student sampled the token; the result is 0 elsewhere. Needed when ``gamma`` > 0.
         baseline: ``E_p[w_f(u)]`` at each prefix, same shape (``full_divergence`` returns it): subtracted
             from ``w_f`` instead of the mode's constant. Not for mode ``opd``.
+        weights: how much the divergence at each token counts, 0 or more, same shape; None for 1. With ``gamma`` > 0
+            they also weigh the token's share in the advantages of earlier ones.
         clip_log_ratio: bound on ``|log u|`` before anything else; None for no bound.
 
     Returns:
@@ -67,7 +71,7 @@ def advantage(
     mode = parse_mode(mode)
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma} must lie between 0 (own token only) and 1 (undiscounted)")
-    for name, tensor in {"mask": mask, "baseline": baseline}.items():
+    for name, tensor in {"mask": mask, "baseline": baseline, "weights": weights}.items():
         if tensor is not None and tensor.shape != log_ratio.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, log_ratio {tuple(log_ratio.shape)}; must be equal"
@@ -92,8 +96,12 @@ def advantage(
         advantages = divergence.weight(log_ratio)
     else:
         advantages = divergence.centred_weight(log_ratio)
+    if weights is not None:
+        advantages = scaled(advantages, weights)
     if gamma > 0 and mask is not None:
-        advantages = advantages + discounted_future_sum(divergence.minus_f(log_ratio), mask.bool(), gamma)
+        rewards = divergence.minus_f(log_ratio)
+        rewards = rewards if weights is None else scaled(rewards, weights)
+        advantages = advantages + discounted_future_sum(rewards, mask.bool(), gamma)
     largest = torch.finfo(advantages.dtype).max
     advantages = advantages.clamp(-largest, largest)
     return advantages if mask is None else torch.where(mask.bool(), advantages, 0.0)

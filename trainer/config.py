@@ -21,6 +21,7 @@ from opd_env.configuration import ConfigError, choose, configure, fingerprint
 from opd_env.limits import RolloutLimits
 from opd_env.trainer.contradictions import refuse_contradictions
 from opd_env.trainer.modes import Baseline, Estimator, Mode
+from opd_env.trainer.weights import Scheme, TokenWeights
 
 UNHASHED = ("output", "resume", "trackers", "checkpoint_every", "checkpoint_keep")
 """Settings that change where and how often things are written, but no number: not in ``config_hash``."""
@@ -128,6 +129,10 @@ class OPDConfig:
     """Upper bound on the importance ratio, at least 1; null does not bound (sampled estimator)."""
     divergence_coefficient: float = 1.0
     """Factor of the distillation signal, 0 or more; 0 learns from the reward alone."""
+    weights: TokenWeights = field(default_factory=TokenWeights)
+    """How much each token counts in the distillation signal: by kind, turn, place or failed calls."""
+    weight_scheme: Scheme = Scheme.NONE
+    """Further weights as a paper proposes them: sod (by turn drift), turn_opd (equal turns), iw_opd (early tokens)."""
     reward_coefficient: float = 0.0
     """Factor of the task reward (1 for a solved problem), relative to a problem's other samples; 0 or more."""
 
@@ -203,7 +208,8 @@ class OPDConfig:
     def __post_init__(self) -> None:
         for name, choices in (
             ("mode", Mode), ("estimator", Estimator), ("baseline", Baseline), ("ratio_policy", RatioPolicy),
-            ("schedule", Schedule), ("dtype", Precision), ("teacher_dtype", Precision), ("resume", Resume),
+            ("weight_scheme", Scheme), ("schedule", Schedule), ("dtype", Precision), ("teacher_dtype", Precision),
+            ("resume", Resume),
         ):  # fmt: skip
             object.__setattr__(self, name, choose(name, getattr(self, name), choices))
         for name in ("student", "teacher", "task", "split", "eval_split", "divergence", "output"):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from opd_env.configuration import ConfigError
 from opd_env.trainer.modes import Baseline, Estimator, Mode
+from opd_env.trainer.weights import Scheme
 
 if TYPE_CHECKING:
     from opd_env.trainer.config import OPDConfig
@@ -70,6 +71,13 @@ def _estimate(config: OPDConfig) -> None:
             "baseline=value is the mean of the OPD+ weight and has no meaning with mode=opd; set mode=opd_plus"
         )
     if config.estimator is Estimator.SAMPLED:
+        centred = config.mode is not Mode.OPD_PLUS or config.baseline is Baseline.VALUE
+        known = config.weights.known_before_the_token and config.weight_scheme is Scheme.NONE
+        if not centred and not known:
+            raise ConfigError(
+                "these weights depend on the sampled token or on what follows, so that the constant in the advantage "
+                "of mode=opd_plus would push the student; set mode=opd_plus_centred or baseline=value"
+            )
         return
     for name, off in (("gamma", 0.0), ("baseline", Baseline.NONE), ("clip_ratio", None), ("truncate_weight", None)):
         bounds_reward = name in ("clip_ratio", "truncate_weight") and config.reward_coefficient > 0

@@ -142,7 +142,7 @@ class OPDTrainer:
         teacher_seconds, updates, seen, tokens = 0.0, [], [], []
         for share in self._shares(step, played.trajectories):
             try:
-                self.objective.begin(share)
+                self.objective.begin(share, progress=(step + 1) / self.config.steps)
                 updates.append(self.updater.update(self.objective.rows, self.objective, self._rate()))
             except (TrainingError, ValueError) as error:
                 raise TrainingError(f"step {step + 1}: {error}. {self._last_checkpoint()}") from error

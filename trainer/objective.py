@@ -16,9 +16,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd_env.trainer.advantages import advantage, group_relative
@@ -29,6 +31,7 @@ from opd_env.trainer.divergences import get_divergence
 from opd_env.trainer.loss import mean_loss, policy_loss, scaled
 from opd_env.trainer.modes import Baseline, Estimator
 from opd_env.trainer.teachers import Teacher
+from opd_env.trainer.weights import scheme_weights
 from opd_env.trajectory import Trajectory
 
 
@@ -80,14 +83,21 @@ class OPDObjective:
         """What the teacher took since ``begin`` was called."""
         return self._begin_seconds + self._comparison.seconds
 
-    def begin(self, trajectories: Sequence[Trajectory]) -> None:
-        """Takes up the trajectories of an update; whole groups of a problem's samples. The teacher may score now."""
+    def begin(self, trajectories: Sequence[Trajectory], progress: float = 1.0) -> None:
+        """Takes up the trajectories of an update; the teacher may score them now.
+
+        Args:
+            trajectories: all samples of a problem together.
+            progress: share of the run that is done, 0 to 1.
+        """
         started = time.perf_counter()
         self.rows = [row_of(trajectory) for trajectory in trajectories]
         self._comparison.begin(trajectories)
+        self._progress = progress
         self._rewards_N = self._rewards(trajectories)
-        behaviour = [trajectory.logprobs[trajectory.sampled] for trajectory in trajectories]
-        behaviour_N = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *behaviour]))
+        self._weights_N = _joined(np.float32, [self._config.weights.of_tokens(one) for one in trajectories])
+        self._turn_N = _joined(np.int64, [one.turn[one.sampled] for one in trajectories])
+        behaviour_N = _joined(np.float32, [one.logprobs[one.sampled] for one in trajectories])
         empty = (torch.full_like(behaviour_N, torch.nan) for _ in range(5))
         self.tokens = TokenValues(behaviour_N, *empty)
         self._begin_seconds = time.perf_counter() - started
@@ -101,7 +111,8 @@ class OPDObjective:
         sums = config.estimator is not Estimator.SAMPLED
         frozen = config.ratio_policy is RatioPolicy.ROLLOUT and not sums
         log_ratio_N = compared.teacher_logprobs_N - (behaviour_N if frozen else logprobs_N.detach())
-        distilled_N = self._advantages(batch, log_ratio_N, compared)
+        weights_N = self._weights(batch, log_ratio_N)
+        distilled_N = self._advantages(batch, log_ratio_N, compared, weights_N)
         rewarded_N = self._rewards_N[batch.index_N].to(logprobs_N)
         self._note(batch, compared, log_ratio_N, distilled_N + rewarded_N)
         loss = torch.zeros((), device=logprobs_N.device)
@@ -116,10 +127,18 @@ class OPDObjective:
                 truncate_weight=config.truncate_weight,
             )
         if compared.loss_N is not None and sums and config.divergence_coefficient > 0:
-            loss = loss + config.divergence_coefficient * mean_loss(compared.loss_N, num_tokens)
+            loss = loss + mean_loss(scaled(compared.loss_N, weights_N), num_tokens)
         return loss
 
-    def _advantages(self, batch: MicroBatch, log_ratio_N: Tensor, compared: Compared) -> Tensor:
+    def _weights(self, batch: MicroBatch, log_ratio_N: Tensor) -> Tensor:
+        """How much the divergence at each token counts."""
+        config, device = self._config, log_ratio_N.device
+        log_ratio_BS, mask_BS = batch.by_row(log_ratio_N)
+        turn_BS, _ = batch.by_row(self._turn_N[batch.index_N].to(device))
+        scheme_N = scheme_weights(config.weight_scheme, log_ratio_BS, turn_BS, mask_BS, self._progress)[mask_BS]
+        return config.divergence_coefficient * self._weights_N[batch.index_N].to(scheme_N) * scheme_N
+
+    def _advantages(self, batch: MicroBatch, log_ratio_N: Tensor, compared: Compared, weights_N: Tensor) -> Tensor:
         """The divergence's share of every token's advantage."""
         config = self._config
         log_ratio_BS, mask_BS = batch.by_row(log_ratio_N)
@@ -133,9 +152,10 @@ class OPDObjective:
             gamma=config.gamma,
             mask=mask_BS,
             baseline=baseline_BS,
+            weights=batch.by_row(weights_N)[0],
             clip_log_ratio=config.clip_log_ratio,
         )
-        return scaled(advantages_BS[mask_BS], config.divergence_coefficient)
+        return advantages_BS[mask_BS]
 
     def _rewards(self, trajectories: Sequence[Trajectory]) -> Tensor:
         """The reward's share of every token's advantage: the same for all tokens of an episode."""
@@ -158,3 +178,8 @@ class OPDObjective:
             (tokens.advantages_N, advantages_N),
         ):
             place_N[batch.index_N] = value_N.detach().float().cpu()
+
+
+def _joined(dtype: type[Any], parts: Sequence[NDArray[Any]]) -> Tensor:
+    """Arrays per trajectory as one tensor, also when there is none."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=dtype), *parts]).astype(dtype))

@@ -9,6 +9,7 @@ import pytest
 from opd_env.configuration import ConfigError, build, to_dict, to_yaml
 from opd_env.trainer import config as config_module
 from opd_env.trainer.config import Estimator, LoRASettings, Mode, OPDConfig, Resume, load_config
+from opd_env.trainer.weights import Scheme, TokenWeights
 
 NAMES = {"student": "s", "teacher": "t", "task": "arithmetic"}
 
@@ -52,7 +53,8 @@ def test_options_win_over_files_and_later_files_over_earlier_ones(run_yaml, tmp_
 def test_options_may_use_dashes_lists_and_nested_keys(run_yaml):
     config = load_config(
         [run_yaml, "--learning-rate", "2e-3", "--tools", "calculator,search", "--lora.alpha", "3",
-         "--divergence_options.alpha", "0.5", "--trackers", "[]", "--resume", "never"]
+         "--divergence_options.alpha", "0.5", "--trackers", "[]", "--resume", "never", "--weights.error_turns", "0",
+         "--weight-scheme", "sod"]
     )  # fmt: skip
     assert config.learning_rate == 2e-3
     assert config.tools == ("calculator", "search")
@@ -60,6 +62,8 @@ def test_options_may_use_dashes_lists_and_nested_keys(run_yaml):
     assert config.divergence_options == {"alpha": 0.5}
     assert config.trackers == ()
     assert config.resume is Resume.NEVER
+    assert config.weights == TokenWeights(error_turns=0.0)
+    assert config.weight_scheme is Scheme.SOD
 
 
 def test_null_on_the_command_line_is_none(run_yaml):
@@ -184,7 +188,7 @@ def test_choices_may_be_given_by_their_value_and_are_members_afterwards():
 def test_every_field_is_documented_and_appears_in_the_help(capsys):
     import docstring_parser
 
-    for settings in (OPDConfig, LoRASettings):
+    for settings in (OPDConfig, LoRASettings, TokenWeights):
         documented = {
             entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(settings).params
         }
