@@ -153,7 +153,8 @@ class ToolEnv(gymnasium.Env[str, str]):
             self._calls += 1
             result = self._run(call)
             played.append(PlayedCall(call, result))
-            self._errors = 0 if result.ok else self._errors + 1
+            if result.error is not ToolErrorKind.SANDBOX:  # a failure of the kit, not the student's
+                self._errors = 0 if result.ok else self._errors + 1
             if result.ok and self.toolbox[result.name].ends_episode:
                 stop_answer = result.content
                 break
@@ -204,6 +205,7 @@ class ToolEnv(gymnasium.Env[str, str]):
             raise RuntimeError("call reset() before the episode can end")
         self._done = True
         own = [message for message in self._messages if message["role"] == "assistant"]
+        self.toolbox.reset()
         grade = self.task.grade(self._example, answer, own)
         if not reason.terminated:
             grade = replace(grade, correct=False, reason=grade.reason or f"the episode was cut: {reason}")

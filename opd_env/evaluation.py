@@ -52,7 +52,8 @@ class EvaluationResult:
     trajectories: Sequence[Trajectory]
     """In the order of the task's examples, then of samples."""
     settings: Mapping[str, Any]
-    """Task, split, version, tools, sampling, limits, seed, model, chat format, and a hash of the first prompt."""
+    """Task, split, version, tools and the level of their sandbox, sampling, limits, seed, model, chat format, and a
+    hash of the first prompt."""
     errors: Sequence[EpisodeError]
     """Episodes that the kit failed to finish; they enter no rate, and another run plays them again."""
     seconds: float
@@ -235,7 +236,7 @@ def _settings(
 ) -> dict[str, Any]:
     first = task.tools_of(task[0]) if tools is None else tools
     with Toolbox(first) as toolbox:
-        schemas = toolbox.schemas
+        schemas, levels = toolbox.schemas, toolbox.sandbox_levels()
     names = [schema["function"]["name"] for schema in schemas]
     each_its_own = tools is None and list(first) != list(task.tools)
     prompt = chat.decode(chat.render_prompt(task[0].messages, schemas))
@@ -250,6 +251,7 @@ def _settings(
         "sampling": asdict(sampling) | {"max_tokens": limits.max_turn_tokens},
         "limits": asdict(limits),
         "seed": seed,
+        "sandbox": levels or None,
         "chat_format": chat.name,
         "prompt_hash": hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()[:16],
     }

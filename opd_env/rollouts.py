@@ -30,7 +30,7 @@ from opd_env.episode import EpisodeRecorder
 from opd_env.formats import ChatFormat, ParsedTurn
 from opd_env.limits import RolloutLimits
 from opd_env.tasks import Example, Task
-from opd_env.tools import Tool
+from opd_env.tools import Tool, Toolbox, ToolErrorKind
 from opd_env.trajectory import StopReason, Trajectory
 
 
@@ -112,11 +112,14 @@ def rollout(
 
     Raises:
         ValueError: ``episodes`` is given together with ``indices`` or ``samples``.
+        UserError: a tool cannot work here: it needs a sandbox or an environment variable that is not there.
     """
     if episodes is None:
         episodes = _numbered(range(len(task)) if indices is None else indices, samples)
     elif indices is not None or samples != 1:
         raise ValueError("give episodes, or indices and samples, not both")
+    with Toolbox(task.tools if tools is None else tools) as toolbox:
+        toolbox.sandbox_levels()
     return _Rollout(
         task, engine, chat, tools, limits or RolloutLimits(), sampling or SamplingParams(), seed, on_finished
     ).run(
@@ -234,6 +237,9 @@ class _Rollout:
     def _turn_played(self, episode: _Episode, parsed: ParsedTurn, outcome: Callable[[], Any], seconds: float) -> None:
         _, _, terminated, truncated, info = outcome()
         self.tool_seconds += seconds
+        broken = [played.result for played in info["calls"] if played.result.error is ToolErrorKind.SANDBOX]
+        if broken:
+            raise RuntimeError(f"tool {broken[0].name!r} failed by no fault of the student: {broken[0].content}")
         episode.recorder.played(parsed, info["calls"], seconds)
         if terminated or truncated:
             self._end(episode, info["stop_reason"], info["answer"], info["grade"])

@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 from opd_env.tools.base import Tool, tool
 from opd_env.tools.errors import ToolError, ToolErrorKind
 from opd_env.tools.registry import get_tool, list_tools, register_tool
+from opd_env.tools.schema import Injected
 from opd_env.tools.toolbox import Toolbox, ToolResult
 
 if TYPE_CHECKING:
     from opd_env.tools.sandbox import open_sandbox
 
 __all__ = [
+    "Injected",
     "Tool",
     "ToolError",
     "ToolErrorKind",

@@ -15,10 +15,13 @@ Worked example::
     power(3)                                                # 9: still the plain function
 
 A function that is no complete description of a tool is refused where it is defined, with file, line and all
-that is missing. A tool with per-episode state names its factory and takes what that makes as ``state``::
+that is missing. A tool with per-episode state names its factory and takes what that makes as ``state``; further
+parameters that the kit fills in are marked by hand::
 
-    @tool(state=dict, mutates_state=True)
-    def remember(key: str, value: str, state: dict[str, str]) -> str: ...
+    @tool(state=dict, mutates_state=True, secrets=["SHOP_KEY"], retry_on=[ConnectionError], retries=2)
+    async def order(item: str, state: dict[str, str], shop: Annotated[Shop, Injected(connect)]) -> str: ...
+
+``docs/tools.md`` has an example of each option.
 
 Test it alone: ``pytest tests/tools/test_tool_registration.py``
 """
@@ -29,8 +32,8 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
@@ -40,6 +43,8 @@ from opd_env.tools.validation import check_arguments, make_validator
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
+
+    from opd_env.tools.sandbox import Sandbox
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _MIN_OUTPUT_CHARS = 100
@@ -64,10 +69,16 @@ class ToolOptions(TypedDict, total=False):
     timeout_s: float
     max_output_chars: int
     state: Callable[[], Any] | None
+    injected: Mapping[str, Callable[[], Any]]
+    secrets: Sequence[str]
+    retry_on: Sequence[type[Exception]]
+    retries: int
+    max_concurrent: int | None
     mutates_state: bool
     deterministic: bool
     ends_episode: bool
     isolation: Isolation | str
+    sandbox: Callable[[], Sandbox] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +100,28 @@ class Tool:
     """JSON Schema (Draft 2020-12) of the arguments, type ``object``. Arguments that it does not name are
     refused unless it sets ``additionalProperties`` itself."""
     function: Callable[..., Any]
-    """Gets the arguments by name; returns any JSON value. May be ``async``: each call then has its own
-    event loop."""
+    """Gets the arguments by name; returns any JSON value. May be ``async``: the calls of an episode then share
+    an event loop, which runs while a call does."""
     timeout_s: float = 10.0
-    """Seconds of wall time for one call, the making of its state included."""
+    """Seconds of wall time for one call, retries and the making of its state included; waiting for a turn
+    (``max_concurrent``) is not."""
     max_output_chars: int = 4000
     """What a student sees of an answer, the marker of a cut included."""
     state: Callable[[], Any] | None = None
-    """Makes the state of an episode, at its first call of this tool; passed as ``state``. Its ``close()``,
-    if it has one, is called when the episode ends. After a time-out the state is given up and a new one
-    made."""
+    """Makes the state of an episode; short for ``injected={"state": ...}``."""
+    injected: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    """Makes what a model does not see, by the parameter's name: once for each episode, at its first call of this
+    tool. Its ``close()``, if it has one, is called when the episode ends; both may be ``async``. After a time-out all
+    is given up and made anew."""
+    secrets: Sequence[str] = ()
+    """Environment variables that must be set, and whose values are taken out of all that a student or a log sees.
+    ``opd_env.tools.redaction`` says what that covers."""
+    retry_on: Sequence[type[Exception]] = ()
+    """Exceptions that may pass, after which a call is tried again."""
+    retries: int = 0
+    """Most further attempts of a call, 0.1 s, 0.2 s, 0.4 s … after each other."""
+    max_concurrent: int | None = None
+    """Calls of this tool at one time, of all episodes of this process together; None sets no limit."""
     mutates_state: bool = False
     """A call changes what later calls answer, so order matters and answers must not be reused."""
     deterministic: bool = False
@@ -109,6 +132,9 @@ class Tool:
     """Where the code runs."""
     convert: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """Turns checked JSON arguments into the keyword arguments of ``function``."""
+    sandbox: Callable[[], Sandbox] | None = None
+    """Gives the sandbox that code of the student runs in. A run opens it before its first episode, and its record
+    says the level."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -120,8 +146,18 @@ class Tool:
             parameters = copy.deepcopy(dict(self.parameters))
             parameters.setdefault("additionalProperties", False)
             make_validator(parameters)
-            if self.state is not None and "state" in parameters.get("properties", {}):
-                problems.append("its parameters name 'state', which the kit fills in")
+            injected = dict(self.injected) | ({} if self.state is None else {"state": self.state})
+            problems += [
+                f"its parameters name {name!r}, which the kit fills in"
+                for name in injected
+                if name in parameters.get("properties", {})
+            ]
+            problems += [
+                f"{name}={make!r}, expected a callable that makes it, such as dict"
+                for name, make in injected.items()
+                if not callable(make)
+            ]
+            object.__setattr__(self, "injected", injected)
             object.__setattr__(self, "parameters", parameters)
         except (ValueError, TypeError) as error:
             problems.append(str(error))
@@ -175,12 +211,18 @@ def tool(
                 f"@tool decorates a function, got {function!r}; options go by name, as in @tool(name='add')"
             )
         name = options.get("name") or getattr(function, "__name__", "")
-        hidden = () if options.get("state") is None else ("state",)
+        hidden = {*options.get("injected", ()), *(() if options.get("state") is None else ("state",))}
         try:
             signature = read_signature(function, hidden)
         except ValueError as error:
             raise ValueError(f"{_where(function)}: tool {name!r}: {error}") from error
-        fields = {"description": signature.description, "convert": signature.convert, **options, "name": name}
+        fields = {
+            "description": signature.description,
+            "convert": signature.convert,
+            **options,
+            "name": name,
+            "injected": {**signature.injected, **options.get("injected", {})},
+        }
         return Tool(parameters=signature.parameters, function=function, **fields)  # type: ignore[arg-type]
 
     return decorate if function is None else decorate(function)
@@ -198,8 +240,14 @@ def _problems(tool: Any) -> Iterator[str]:
         yield f"timeout_s={tool.timeout_s!r}, expected seconds greater than 0 and finite"
     if not (isinstance(tool.max_output_chars, int) and tool.max_output_chars >= _MIN_OUTPUT_CHARS):
         yield f"max_output_chars={tool.max_output_chars!r}, expected at least {_MIN_OUTPUT_CHARS}"
-    if tool.state is not None and not callable(tool.state):
-        yield f"state={tool.state!r}, expected a callable that makes the state, such as dict"
+    if isinstance(tool.secrets, str) or not all(isinstance(name, str) and name for name in tool.secrets):
+        yield f"secrets={tool.secrets!r}, expected names of environment variables, such as ['SHOP_KEY']"
+    if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in tool.retry_on):
+        yield f"retry_on={tool.retry_on!r}, expected exception classes, such as [ConnectionError]"
+    if not (isinstance(tool.retries, int) and tool.retries >= 0 and bool(tool.retries) == bool(tool.retry_on)):
+        yield f"retries={tool.retries!r} and retry_on={tool.retry_on!r}, expected both or neither"
+    if not (tool.max_concurrent is None or (isinstance(tool.max_concurrent, int) and tool.max_concurrent >= 1)):
+        yield f"max_concurrent={tool.max_concurrent!r}, expected a whole number of at least 1, or None"
 
 
 def _where(function: object) -> str:

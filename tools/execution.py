@@ -1,26 +1,40 @@
 """Runs a tool's code, in a thread of this process or in a process of its own.
 
-``ToolCode`` is the code with the state of one episode; ``ThreadRunner`` puts a time limit around it. A tool
+``ToolCode`` is the code with what it was given for one episode; ``ThreadRunner`` puts a time limit around it. A tool
 that asks for ``isolation="process"`` gets a ``ProcessRunner`` (``opd_env.tools.process``) instead.
 
-Test it alone: ``pytest tests/tools/test_tool_limits.py``
+Test it alone: ``pytest tests/tools/test_tool_limits.py tests/tools/test_tool_options.py``
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
-from collections.abc import Awaitable, Mapping
-from typing import Any, Protocol
+import os
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 from opd_env.tools.base import Isolation, Tool
 from opd_env.tools.output import Output, encode_error, encode_output
+from opd_env.tools.redaction import redact, secrets_of
 from opd_env.tools.time_limit import run_with_limit
+
+if TYPE_CHECKING:
+    import asyncio
 
 logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 2.0
-"""Seconds that the ``close()`` of a state may take."""
+"""Seconds that closing what an episode was given may take."""
+FIRST_RETRY_S = 0.1
+"""Seconds before the first retry; before each further one it is twice as long."""
 _GRACE_S = 0.05
+_CANCEL_TIMEOUT_S = 0.5
 
 
 class Runner(Protocol):
@@ -34,7 +48,7 @@ class Runner(Protocol):
         """
 
     def end_episode(self) -> None:
-        """Closes the state; the next call makes a new one."""
+        """Closes what the episode was given; the next call makes it anew."""
 
 
 def make_runner(tool: Tool) -> Runner:
@@ -51,47 +65,122 @@ def prepare(tool: Tool) -> None:
 
     Raises:
         ValueError: the tool cannot be copied into the process that it asks for.
+        SecretMissing: an environment variable that it needs is not set.
     """
+    secrets_of(tool)
     if tool.isolation is Isolation.PROCESS:
         from opd_env.tools.process import copy_of
 
         copy_of(tool)
 
 
+_turns: WeakKeyDictionary[Tool, threading.Semaphore] = WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _turns_lock
+    _turns_lock = threading.Lock()
+    _turns.clear()  # turns that other threads of the parent had taken are not ours to wait for
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def turn_of(tool: Tool) -> AbstractContextManager[Any]:
+    """Waits until fewer than ``tool.max_concurrent`` calls are running. That ends: each call has its time limit."""
+    if tool.max_concurrent is None:
+        return nullcontext()
+    with _turns_lock:
+        return _turns.setdefault(tool, threading.Semaphore(tool.max_concurrent))
+
+
 class ToolCode:
-    """A tool's function together with the state of one episode. Knows no time limit."""
+    """A tool's function together with what it was given for one episode. Ends nothing by itself but coroutines."""
 
     def __init__(self, tool: Tool) -> None:
         self.tool = tool
-        self.state: Any = None
-        self.has_state = False
+        self._secrets = secrets_of(tool)
+        self._given: dict[str, Any] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_is_free = threading.RLock()
+        self._deadline = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there may be something to close."""
+        return bool(self._given) or self._loop is not None
 
     def call(self, arguments: Mapping[str, Any]) -> Output:
-        """Runs one call; whatever the code raises becomes an error for the student."""
-        try:
-            keywords = self.tool.convert(arguments)
-            if self.tool.state is not None:
-                if not self.has_state:
-                    self.state, self.has_state = self.tool.state(), True
-                keywords["state"] = self.state
-            value = self.tool.function(**keywords)
-            if inspect.isawaitable(value):
-                value = _await(value, self.tool.timeout_s + _GRACE_S)
-            return encode_output(value, self.tool.max_output_chars)
-        except BaseException as error:  # even SystemExit: this thread or process is the tool's alone
-            logger.debug("tool %s raised", self.tool.name, exc_info=True)
-            return encode_error(error, self.tool.max_output_chars)
+        """Runs one call, again if it may be; whatever the code raises becomes an error for the student."""
+        self._deadline = time.monotonic() + self.tool.timeout_s + _GRACE_S
+        pause, attempt = FIRST_RETRY_S, 0
+        while True:
+            try:
+                output = encode_output(self._value(arguments), self.tool.max_output_chars, self._secrets)
+                return dataclasses.replace(output, retries=attempt)
+            except BaseException as error:  # even SystemExit: this thread or process is the tool's alone
+                if attempt == self.tool.retries or not isinstance(error, tuple(self.tool.retry_on)):
+                    self._log(logging.DEBUG, "tool %s raised")
+                    output = encode_error(error, self.tool.max_output_chars, self._secrets)
+                    return dataclasses.replace(output, retries=attempt)
+            time.sleep(pause)
+            pause, attempt = 2 * pause, attempt + 1
+
+    def _value(self, arguments: Mapping[str, Any]) -> Any:
+        keywords = self.tool.convert(arguments)
+        for name, make in self.tool.injected.items():
+            if name not in self._given:
+                self._given[name] = self._awaited(make())
+            keywords[name] = self._given[name]
+        return self._awaited(self.tool.function(**keywords))
+
+    def _awaited(self, value: Any) -> Any:
+        """Runs a coroutine in the episode's event loop, and cancels it shortly after its caller has given up on it."""
+        if not inspect.isawaitable(value):
+            return value
+        import asyncio
+
+        async def wait() -> Any:
+            return await asyncio.wait_for(value, self._deadline - time.monotonic())
+
+        with self._loop_is_free:
+            self._loop = self._loop or asyncio.new_event_loop()
+            return self._loop.run_until_complete(wait())
 
     def close(self) -> None:
-        """Closes the state, if there is one that can be closed."""
-        close = getattr(self.state, "close", None)
-        self.state, self.has_state = None, False
-        if close is None:
-            return
-        try:
-            close()
-        except BaseException:
-            logger.warning("closing the state of tool %s failed", self.tool.name, exc_info=True)
+        """Closes what the episode was given, as far as it can be closed, and its event loop."""
+        self._deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        given, self._given = self._given, {}
+        for value in reversed(given.values()):
+            try:
+                if (close := getattr(value, "close", None)) is not None:
+                    self._awaited(close())
+            except BaseException:
+                self._log(logging.WARNING, "closing the state of tool %s failed")
+        # A coroutine whose time was up is cancelled by now, unless it blocks its loop; then both are left behind.
+        if self._loop is not None and self._loop_is_free.acquire(timeout=_CANCEL_TIMEOUT_S):
+            try:
+                self._loop.run_until_complete(_cancel_others())
+            finally:
+                self._loop.close()
+                self._loop = None
+                self._loop_is_free.release()
+
+    def _log(self, level: int, message: str) -> None:
+        if logger.isEnabledFor(level):
+            logger.log(level, f"{message}\n%s", self.tool.name, redact(traceback.format_exc(), self._secrets))
+
+
+async def _cancel_others() -> None:
+    import asyncio
+
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_CANCEL_TIMEOUT_S)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 class ThreadRunner:
@@ -113,19 +202,9 @@ class ThreadRunner:
     def end_episode(self) -> None:
         """See ``Runner.end_episode``. A ``close()`` that hangs is ended like a call."""
         code, self._code = self._code, ToolCode(self._tool)  # a call that was left behind keeps the old one
-        if not code.has_state:
+        if not code.is_open:
             return
         try:
             run_with_limit(code.close, CLOSE_TIMEOUT_S)
         except TimeoutError:
             logger.warning("closing the state of tool %s took more than %g s", self._tool.name, CLOSE_TIMEOUT_S)
-
-
-def _await(value: Awaitable[Any], timeout_s: float) -> Any:
-    """Runs a coroutine; cancels it shortly after the caller has given up on it."""
-    import asyncio
-
-    async def run() -> Any:
-        return await asyncio.wait_for(value, timeout_s)
-
-    return asyncio.run(run())

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd_env.tools.errors import ToolError, ToolErrorKind
+from opd_env.tools.redaction import redact
 
 MAX_JSON_CHARS = 1_000_000
 """A JSON value longer than this is an error: the few characters that the student could see would mean
@@ -30,10 +32,17 @@ class Output:
     content: str
     error: ToolErrorKind | None = None
     truncated: bool = False
+    retries: int = 0
+    """Attempts that failed before this came of the call."""
 
 
-def encode_output(value: object, max_chars: int) -> Output:
+def encode_output(value: object, max_chars: int, secrets: Sequence[str] = ()) -> Output:
     """Text as it is, any other JSON value as compact JSON; cut to ``max_chars``, marker included.
+
+    Args:
+        value: what the tool returned.
+        max_chars: of the text.
+        secrets: texts to take out, see ``redact``.
 
     Raises:
         ToolError: ``exception`` when the value is no JSON value, ``output_limit`` when its JSON is huge.
@@ -49,21 +58,23 @@ def encode_output(value: object, max_chars: int) -> Output:
         if len(text) > MAX_JSON_CHARS:
             message = f"the tool returned {len(text)} characters of JSON; the limit is {MAX_JSON_CHARS}"
             raise ToolError(ToolErrorKind.OUTPUT_LIMIT, message)
+    text = redact(text, secrets)
     return Output(_without_surrogates(_cut(text, max_chars)), truncated=len(text) > max_chars)
 
 
-def encode_error(error: BaseException, max_chars: int = 4000) -> Output:
+def encode_error(error: BaseException, max_chars: int = 4000, secrets: Sequence[str] = ()) -> Output:
     """The error's fixed-format JSON. There is no traceback, and paths of this machine are taken out.
 
     Args:
         error: a ToolError speaks for itself; of any other exception the type and the message are shown.
         max_chars: most characters of a ToolError's message.
+        secrets: texts to take out.
     """
     if isinstance(error, ToolError):
-        message = str(error.message)
+        message = redact(str(error.message), secrets)
         cut = ToolError(error.kind, _without_surrogates(_cut(message, max_chars)))
         return Output(cut.content, cut.kind, len(message) > max_chars)
-    text = _one_line(error)
+    text = _one_line(error, secrets)
     name = type(error).__name__
     failure = ToolError(ToolErrorKind.EXCEPTION, f"{name}: {text}" if text else name)
     return Output(failure.content, failure.kind)
@@ -74,12 +85,12 @@ def _cut(text: str, max_chars: int) -> str:
     return text if len(text) <= max_chars else text[: max_chars - len(marker)] + marker
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, secrets: Sequence[str] = ()) -> str:
     try:
         text = str(error)
     except Exception:  # a hostile __str__; the exception's type must do
         return ""
-    text = _HOST_PATH.sub("<path>", " ".join(text[:4000].split()))
+    text = _HOST_PATH.sub("<path>", " ".join(redact(text, secrets)[:4000].split()))
     return _without_surrogates(text if len(text) <= _MAX_ERROR_CHARS else f"{text[: _MAX_ERROR_CHARS - 1]}…")
 
 

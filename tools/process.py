@@ -114,8 +114,8 @@ class ToolProcess:
         if reply is None:
             self.kill()
             raise TimeoutError(f"no answer within {timeout_s:g} s")
-        content, kind, truncated = reply
-        return Output(content, None if kind is None else ToolErrorKind(kind), truncated)
+        content, kind, truncated, retries = reply
+        return Output(content, None if kind is None else ToolErrorKind(kind), truncated, retries)
 
     @property
     def alive(self) -> bool:
@@ -145,7 +145,7 @@ class ProcessRunner:
         """See ``Runner.call``; a process that dies is a ToolError of kind ``exception``."""
         process, self._process = self._process or _take(self._tool), None
         output = process.ask(json.dumps(arguments).encode(), self._tool.timeout_s)
-        if self._tool.state is None:
+        if not self._tool.injected:
             _give_back(self._tool, process)
         else:
             self._process = process
@@ -203,7 +203,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if os.getpid() != owner:
             os._exit(1)  # the tool forked and this is the child: it must not answer too
-        connection.send_bytes(json.dumps([output.content, output.error, output.truncated]).encode())
+        connection.send_bytes(json.dumps([output.content, output.error, output.truncated, output.retries]).encode())
 
     try:
         tool: Tool = pickle.loads(connection.recv_bytes())
@@ -223,3 +223,5 @@ def main() -> None:
             answer(Output(""))
         else:
             answer(code.call(arguments))
+            if not tool.injected:
+                code.close()  # the next call may be another episode's

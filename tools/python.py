@@ -5,8 +5,8 @@ Worked example::
     Toolbox(["python"]).call("python", {"code": "print(6 * 7)"}).content         # '42\n'
     Toolbox([python_tool(stateful=True)])        # a REPL: variables stay for the episode
 
-Where no kernel sandbox works, every call answers a ``sandbox`` error that says why: the code never runs
-without a wall unless a sandbox that has none is passed in by hand.
+Where no kernel sandbox works, a run is refused before its first episode (``Tool.sandbox``), and a call answers a
+``sandbox`` error that says why: the code never runs without a wall unless a sandbox that has none is passed in by hand.
 
 Test it alone: ``pytest tests/tools/test_python.py``
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+from collections.abc import Callable
 
 from opd_env.tools.base import Tool, tool
 from opd_env.tools.errors import ToolError, ToolErrorKind
@@ -45,24 +46,28 @@ _STATE_LOST = "The session was ended: all variables and imports are lost. "
 
 
 def python_tool(*, stateful: bool = False, sandbox: Sandbox | None = None) -> Tool:
-    """Makes the tool.
+    """Runs Python programs in the kernel sandbox.
 
     Args:
         stateful: keep one interpreter for the episode, and print the value of the last expression.
         sandbox: run in this one (it stays yours to close). By default all tools of this process share the
             one that ``open_sandbox()`` gives, opened at the first call.
     """
-    if stateful:
-        return _stateful_tool(sandbox)
 
-    @tool(timeout_s=60.0, max_output_chars=MAX_OUTPUT_CHARS + 200, deterministic=True)
+    def get_sandbox() -> Sandbox:
+        return sandbox or shared_sandbox()
+
+    if stateful:
+        return _stateful_tool(get_sandbox)
+
+    @tool(timeout_s=60.0, max_output_chars=MAX_OUTPUT_CHARS + 200, deterministic=True, sandbox=get_sandbox)
     def python(code: str) -> str:
         """Runs a Python 3 program and returns what it prints. Nothing is kept between calls.
 
         Args:
             code: The program. Use print to see a result.
         """
-        return _answer((sandbox or shared_sandbox()).run(code), "")
+        return _answer(_opened(get_sandbox).run(code), "")
 
     return python
 
@@ -70,8 +75,8 @@ def python_tool(*, stateful: bool = False, sandbox: Sandbox | None = None) -> To
 class Repl:
     """The interpreter of one episode, started at its first cell, and again after it was lost."""
 
-    def __init__(self, sandbox: Sandbox | None) -> None:
-        self._sandbox = sandbox
+    def __init__(self, get_sandbox: Callable[[], Sandbox]) -> None:
+        self._get_sandbox = get_sandbox
         self._session: Session | None = None
 
     def run(self, code: str) -> str:
@@ -81,7 +86,7 @@ class Repl:
             self.close()
             lost = _STATE_LOST
         if self._session is None:
-            self._session = (self._sandbox or shared_sandbox()).session()
+            self._session = _opened(self._get_sandbox).session()
         result = self._session.run(code)
         if not self._session.alive:
             self.close()
@@ -98,13 +103,14 @@ class Repl:
         self.close()
 
 
-def _stateful_tool(sandbox: Sandbox | None) -> Tool:
+def _stateful_tool(get_sandbox: Callable[[], Sandbox]) -> Tool:
     @tool(
         timeout_s=60.0,
         max_output_chars=MAX_OUTPUT_CHARS + 200,
-        state=lambda: Repl(sandbox),
+        state=lambda: Repl(get_sandbox),
         mutates_state=True,
         deterministic=True,
+        sandbox=get_sandbox,
     )
     def python(code: str, state: Repl) -> str:
         """Runs Python 3 code and returns what it prints and the value of its last expression.
@@ -128,6 +134,13 @@ def _answer(result: ExecResult, lost: str) -> str:
     raise ToolError(_ERROR_KINDS[result.status], f"{message}\n{output}" if output else message)
 
 
+def _opened(get_sandbox: Callable[[], Sandbox]) -> Sandbox:
+    try:
+        return get_sandbox()
+    except SandboxUnavailable as error:
+        raise ToolError(ToolErrorKind.SANDBOX, str(error)) from error
+
+
 _lock = threading.Lock()
 _shared: dict[int, Sandbox | SandboxUnavailable] = {}  # by process: a fork must not use its parent's
 
@@ -144,7 +157,7 @@ def shared_sandbox() -> Sandbox:
     """The sandbox that the tools of this process share; it is closed when the process ends.
 
     Raises:
-        ToolError: ``sandbox``, with the reason and what to do, where none works here.
+        SandboxUnavailable: none works here; with the reason and what to do.
     """
     with _lock:
         found = _shared.get(os.getpid())
@@ -156,7 +169,7 @@ def shared_sandbox() -> Sandbox:
                 found = error
             _shared[os.getpid()] = found
     if isinstance(found, SandboxUnavailable):
-        raise ToolError(ToolErrorKind.SANDBOX, str(found))
+        raise found
     return found
 
 

@@ -73,6 +73,26 @@ def get_tool(name: str, /, **options: Any) -> Tool:
     Raises:
         ValueError: no tool has that name, it cannot be imported, or its options are missing or unknown.
     """
+    entry = _find(name)
+    if isinstance(entry, Tool):
+        if options:
+            raise ValueError(f"tool {name!r} takes no options, got {', '.join(options)}")
+        return entry
+    return _make(name, entry, options)
+
+
+def describe_tool(name: str) -> tuple[str, str]:
+    """What a tool does, in one line, and the options that it takes; nothing is made for this.
+
+    Raises:
+        ValueError: no tool has that name, or it cannot be imported.
+    """
+    entry = _find(name)
+    about = entry.description if isinstance(entry, Tool) else inspect.getdoc(entry) or ""
+    return next(iter(about.splitlines()), ""), "" if isinstance(entry, Tool) else _options_of(entry)
+
+
+def _find(name: str) -> Tool | Factory:
     entry = _registered.get(name)
     if entry is None and name in _BUILT_IN:
         module, attribute = _BUILT_IN[name].split(":")
@@ -86,11 +106,7 @@ def get_tool(name: str, /, **options: Any) -> Tool:
     if entry is None:
         known = list_tools()
         raise ValueError(f"no tool named {name!r}{did_you_mean(name, known)}; registered: {', '.join(known)}")
-    if isinstance(entry, Tool):
-        if options:
-            raise ValueError(f"tool {name!r} takes no options, got {', '.join(options)}")
-        return entry
-    return _make(name, entry, options)
+    return entry
 
 
 def list_tools() -> list[str]:
@@ -103,14 +119,17 @@ def _make(name: str, factory: Factory, options: dict[str, Any]) -> Tool:
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
-        options_of = inspect.signature(factory).parameters.values()
-        takes = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in options_of)
-        message = f"tool {name!r}: {error}; it is made by get_tool({name!r}, ...) with {takes}"
+        message = f"tool {name!r}: {error}; it is made by get_tool({name!r}, ...) with {_options_of(factory)}"
         raise ValueError(message) from error
     tool = factory(**options)
     if not isinstance(tool, Tool):
         raise ValueError(f"the factory of tool {name!r} returned {type(tool).__name__}, expected a Tool")
     return tool
+
+
+def _options_of(factory: Factory) -> str:
+    parameters = inspect.signature(factory).parameters.values()
+    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
 
 
 def _entry_points() -> dict[str, EntryPoint]:

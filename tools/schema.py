@@ -57,6 +57,14 @@ _ENTRY = re.compile(r"\*{0,2}(\w+)(?:\s*\([^)]*\))?:(?:\s+|$)(.*)")
 
 
 @dataclasses.dataclass(frozen=True)
+class Injected:
+    """Marks a parameter that the kit fills in and a model does not see: ``Annotated[Client, Injected(connect)]``."""
+
+    make: Callable[[], Any]
+    """Makes the value of an episode, at its first call of the tool; see ``Tool.injected``."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Signature:
     """What a function's hints and docstring say."""
 
@@ -65,6 +73,8 @@ class Signature:
     """JSON Schema (Draft 2020-12) of an object that holds the arguments."""
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Turns JSON arguments that fit the schema into the keyword arguments that the function expects."""
+    injected: dict[str, Callable[[], Any]]
+    """What makes the parameters that are marked as ``Injected``, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +103,8 @@ def read_signature(function: Callable[..., Any], hidden: Collection[str] = ()) -
     except NameError as error:
         raise ValueError(f"a type hint cannot be resolved ({error}); define that type at module level") from error
     parameters = inspect.signature(function).parameters
-    visible = [name for name in parameters if name not in hidden]
+    injected = {name: mark.make for name, hint in hints.items() if (mark := _mark(hint)) is not None}
+    visible = [name for name in parameters if name not in hidden and name not in injected]
     problems += [
         f"parameter {name!r} must exist to receive what the kit puts in" for name in hidden - parameters.keys()
     ]
@@ -125,7 +136,7 @@ def read_signature(function: Callable[..., Any], hidden: Collection[str] = ()) -
     if problems:
         raise ValueError("; ".join(problems))
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    return Signature(description, schema, _convert_fields(converts) or dict)
+    return Signature(description, schema, _convert_fields(converts) or dict, injected)
 
 
 def parse_docstring(docstring: str) -> tuple[str, dict[str, str]]:
@@ -153,6 +164,11 @@ def parse_docstring(docstring: str) -> tuple[str, dict[str, str]]:
                 arguments[current] = f"{arguments[current]} {text}".strip()
     paragraphs = "\n".join(description).strip().split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs), arguments
+
+
+def _mark(hint: Any) -> Injected | None:
+    notes = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+    return next((note for note in notes if isinstance(note, Injected)), None)
 
 
 def _parameter_type(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> _Type:

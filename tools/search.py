@@ -107,7 +107,7 @@ class ExactIndex(SearchIndex):
 def make_search_tool(
     passages: PassageRows | str | Path | SearchIndex, *, k: int = 3, max_k: int = 10, name: str = "search"
 ) -> Tool:
-    """Makes a tool that searches these passages.
+    """Searches passages that are given, by keywords (BM25).
 
     Args:
         passages: rows with ``text`` and optionally ``title``, the path of a JSONL file of such rows, or an index.

@@ -20,7 +20,7 @@ from typing import Any
 
 from opd_env.tools.base import Tool
 from opd_env.tools.errors import ToolError, ToolErrorKind, did_you_mean
-from opd_env.tools.execution import Runner, make_runner, prepare
+from opd_env.tools.execution import Runner, make_runner, prepare, turn_of
 from opd_env.tools.output import Output, encode_error
 from opd_env.tools.registry import get_tool
 
@@ -39,9 +39,11 @@ class ToolResult:
     error: ToolErrorKind | None = None
     """None when the tool answered."""
     seconds: float = 0.0
-    """Wall time of the call, checks included."""
+    """Wall time of the call, checks and the wait for a turn included."""
     truncated: bool = False
     """The answer was cut to the tool's ``max_output_chars``."""
+    retries: int = 0
+    """Attempts that failed before this came of the call."""
 
     @property
     def ok(self) -> bool:
@@ -58,6 +60,7 @@ class Toolbox:
     Raises:
         ValueError: an unknown name, something that is no tool, two tools of one name, or a tool that cannot be
             copied into the process that it asks for.
+        SecretMissing: an environment variable that a tool needs is not set.
     """
 
     def __init__(self, tools: Sequence[str | Tool]) -> None:
@@ -95,7 +98,7 @@ class Toolbox:
         except ToolError as error:
             output = encode_error(error)
         seconds = time.perf_counter() - start
-        return ToolResult(str(name), output.content, output.error, seconds, output.truncated)
+        return ToolResult(str(name), output.content, output.error, seconds, output.truncated, output.retries)
 
     def _run(self, name: object, arguments: object) -> Output:
         tool = self._tools.get(name) if isinstance(name, str) else None
@@ -110,11 +113,20 @@ class Toolbox:
         if runner is None:
             runner = self._runners[tool.name] = make_runner(tool)
         try:
-            return runner.call(checked)
+            with turn_of(tool):
+                return runner.call(checked)
         except TimeoutError:
-            lost = "; its state is lost" if tool.state is not None else ""
+            lost = "; its state is lost" if tool.injected else ""
             message = f"the tool did not answer within {tool.timeout_s:g} s and was ended{lost}"
             raise ToolError(ToolErrorKind.TIMEOUT, message) from None
+
+    def sandbox_levels(self) -> dict[str, str]:
+        """Opens the sandboxes that code of the student will run in; their levels by the tool's name.
+
+        Raises:
+            SandboxUnavailable: one does not work here; the message says why and what to do.
+        """
+        return {tool.name: str(tool.sandbox().level) for tool in self if tool.sandbox is not None}
 
     def reset(self) -> None:
         """Starts a new episode: closes the state of every tool; the first call of a tool makes a new one."""

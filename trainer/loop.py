@@ -36,6 +36,7 @@ from opd_env.models import LoadedModel
 from opd_env.report import write_report
 from opd_env.rollouts import RolloutResult, rollout
 from opd_env.store import TrajectoryWriter
+from opd_env.tools import Toolbox
 from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.checkpoint import Checkpoints
 from opd_env.trainer.config import OPDConfig
@@ -264,11 +265,17 @@ class OPDTrainer:
             "seed": config.seed,
             "config_hash": config.config_hash,
             "versions": installed_versions(),
+            "sandbox": self._sandbox_levels(),
             **git_state(),
         }
         if self._is_main:
             self.folder.write_json("results.json", results)
         return results
+
+    def _sandbox_levels(self) -> dict[str, str]:
+        """What holds the code that the student writes, by the tool that runs it."""
+        with Toolbox(self.parts.task.tools if self.config.tools is None else self.config.tools) as toolbox:
+            return toolbox.sandbox_levels()
 
     def _open(self) -> None:
         if self._is_main:

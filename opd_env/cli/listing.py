@@ -25,6 +25,7 @@ def _tools(arguments: Sequence[str]) -> int:
         "opd-env tools test NAME calls it with good and bad arguments (exit code 1 when a check fails).",
     )
     parser.add_argument("words", nargs="*", metavar="[test] NAME")
+    parser.add_argument("--options", default="{}", help='JSON options of the tool, such as {"passages": "file.jsonl"}')
     parser.add_argument("--imports", action="append", default=[], help="a Python file that registers your own")
     parser.add_argument("--example", action="append", default=[], help="JSON arguments that the tool must answer")
     options = parser.parse_args(list(arguments))
@@ -33,35 +34,28 @@ def _tools(arguments: Sequence[str]) -> int:
 
     from opd_env.tools import get_tool, list_tools
     from opd_env.tools.exercise import exercise_tool
+    from opd_env.tools.registry import describe_tool
 
     import_files(options.imports)
     console = Console()
     match options.words:
         case []:
-            table = Table("tool", "what it does", box=None)
+            table = Table("tool", "what it does", "options", box=None)
             for name in list_tools():
-                table.add_row(name, _first_line(name))
+                table.add_row(name, *describe_tool(name))
             console.print(table)
         case ["test", name]:
-            checks = exercise_tool(get_tool(name), [_json_object(example) for example in options.example])
+            tool = get_tool(name, **_json_object(options.options))
+            checks = exercise_tool(tool, [_json_object(example) for example in options.example])
             for check in checks:
                 mark = "[green]ok[/]" if check.passed else "[red]FAILED[/]"
                 console.print(mark, check.name, "–", check.detail, highlight=False)
             return 0 if all(check.passed for check in checks) else 1
         case [name]:
-            console.print_json(json.dumps(get_tool(name).schema))
+            console.print_json(json.dumps(get_tool(name, **_json_object(options.options)).schema))
         case _:
             raise ValueError(f"opd-env tools takes NAME or test NAME, got {' '.join(options.words)!r}")
     return 0
-
-
-def _first_line(name: str) -> str:
-    from opd_env.tools import get_tool
-
-    try:
-        return get_tool(name).description.splitlines()[0]
-    except ValueError as error:  # a tool that is made of something, such as passages to search
-        return str(error).removeprefix(f"tool {name!r}: ")
 
 
 def _tasks(arguments: Sequence[str]) -> int:

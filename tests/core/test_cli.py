@@ -83,7 +83,12 @@ def test_a_broken_row_names_file_and_line(capsys: pytest.CaptureFixture[str], tm
 
 def test_tools_and_tasks_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tools"]) == 0
-    assert "calculator" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "calculator" in listed
+    assert "Searches passages" in listed
+    assert "missing" not in listed
+    assert main(["tools", "search", "--options", '{"passages": [{"text": "one"}], "name": "look"}']) == 0
+    assert json.loads(capsys.readouterr().out)["function"]["name"] == "look"
     assert main(["tools", "calculator"]) == 0
     assert json.loads(capsys.readouterr().out)["function"]["name"] == "calculator"
     assert main(["tools", "test", "calculator", "--example", '{"expression": "6*7"}']) == 0

@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_env import RolloutLimits, StopReason, Task, ToolEnv, ToolErrorKind, load_task
+from opd_env import RolloutLimits, StopReason, Task, ToolEnv, ToolError, ToolErrorKind, load_task, tool
 from opd_env.messages import Message
 from opd_env.tasks import Example, Grade
 
@@ -112,6 +112,24 @@ def test_unknown_tools_are_answered_with_a_typed_error() -> None:
     observation, *_, info = env.step('<tool_call>{"name": "calculater", "arguments": {}}</tool_call>')
     assert info["calls"][0].result.error is ToolErrorKind.UNKNOWN_TOOL
     assert "calculator" in observation
+
+
+def test_a_failing_sandbox_does_not_count_as_an_error_of_the_student() -> None:
+    @tool
+    def run(ill: bool) -> str:
+        """Runs.
+
+        Args:
+            ill: whether the sandbox fails.
+        """
+        raise ToolError(ToolErrorKind.SANDBOX if ill else ToolErrorKind.EXCEPTION, "failed")
+
+    env = ToolEnv(TASK, [run], limits=RolloutLimits(max_errors=2, max_turns=10))
+    env.reset(seed=0)
+    for ill, over in (("true", False), ("false", False), ("true", False), ("false", True)):
+        *_, truncated, info = env.step(f'<tool_call>{{"name": "run", "arguments": {{"ill": {ill}}}}}</tool_call>')
+        assert truncated == over
+    assert info["stop_reason"] is StopReason.MAX_ERRORS
 
 
 def test_time_ends_an_episode_before_its_calls_run() -> None:

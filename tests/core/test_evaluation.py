@@ -24,6 +24,7 @@ from opd_env.metrics import Summary
 from opd_env.statistics import wilson
 from opd_env.store import StoreError, TrajectoryWriter, load_trajectories
 from opd_env.tasks import Example, Grade, Task, grade_number
+from opd_env.tools import get_tool, open_sandbox
 from tests.core.tiny import tiny_tokenizer
 
 CHAT = get_format(tiny_tokenizer())
@@ -90,6 +91,12 @@ def test_the_summary_is_of_the_graded_episodes() -> None:
     assert result.settings["problems"] == 12
 
 
+def test_the_level_of_a_tools_sandbox_is_recorded() -> None:
+    with open_sandbox("unsafe_subprocess") as sandbox:
+        settings = run(tools=[get_tool("python", sandbox=sandbox)], limit=1).settings
+    assert settings["sandbox"] == {"python": "none"}
+
+
 def test_limit_takes_the_first_problems_and_samples_repeat_them() -> None:
     result = run(limit=3, samples=4, sampling=WARM)
     assert (result.summary.n, result.summary.samples, result.summary.episodes) == (3, 4, 12)
@@ -132,6 +139,7 @@ def test_a_folder_holds_settings_episodes_and_results(tmp_path: Path) -> None:
     assert stored["settings"]["model"] == "tiny"
     assert stored["settings"]["sampling"]["temperature"] == 0
     assert stored["settings"]["tools"] == ["calculator"]
+    assert stored["settings"]["sandbox"] is None
     assert {"python", "numpy", "torch", "transformers"} <= set(stored["versions"])
     assert Summary.from_json(stored).accuracy == result.summary.accuracy
     assert "| tiny | doubles (with tools: calculator) | 1 test | 1 | accuracy | 75.0 % | [46.8, 91.1] | 12 |" in (

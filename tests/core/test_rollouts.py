@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -10,13 +12,15 @@ import numpy as np
 import pytest
 
 from opd_env.engine import Request, SamplingParams, ScriptedEngine
+from opd_env.errors import UserError
 from opd_env.formats import get_format
 from opd_env.limits import RolloutLimits
 from opd_env.local_engine import LocalEngine
 from opd_env.messages import Message, ToolCall, assistant, user
 from opd_env.rollouts import RolloutResult, rollout
 from opd_env.tasks import Example, Grade, Task, grade_number
-from opd_env.tools import ToolErrorKind, tool
+from opd_env.tools import Tool, ToolError, ToolErrorKind, tool
+from opd_env.tools.sandbox import Sandbox, SandboxUnavailable
 from opd_env.trajectory import StopReason, TokenKind, Trajectory
 from tests.core.tiny import tiny_llama, tiny_tokenizer
 
@@ -227,6 +231,122 @@ def test_a_failure_of_the_kit_is_counted_and_the_rest_goes_on(monkeypatch: pytes
     assert [(error.example_id, error.message) for error in result.errors] == [
         ("1", "ZeroDivisionError: a bug of the grader")
     ]
+
+
+def test_a_failing_sandbox_drops_the_episode_and_is_not_held_against_the_student(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+
+    @tool
+    def run(ill: bool) -> str:
+        """Runs.
+
+        Args:
+            ill: whether the sandbox fails.
+        """
+        if ill:
+            raise ToolError(ToolErrorKind.SANDBOX, "no slot")
+        return "6"
+
+    def respond(request: Request, turn: int) -> list[int]:
+        ill = str(request.episode == 1).lower()
+        text = f'<tool_call>{{"name": "run", "arguments": {{"ill": {ill}}}}}</tool_call>' if turn == 0 else "6"
+        return CHAT.render_assistant(assistant(text))
+
+    result = rollout(Doubles(), ScriptedEngine(respond, CHAT.stop_token_ids), CHAT, indices=[3, 4, 5], tools=[run])
+    assert [one.example_id for one in result.trajectories] == ["3", "5"]
+    assert [(error.example_id, "no slot" in error.message) for error in result.errors] == [("4", True)]
+
+
+def test_a_run_whose_sandbox_cannot_open_is_refused_before_its_first_episode() -> None:
+    def refuse() -> Sandbox:
+        raise SandboxUnavailable("There is no kernel here.", "Use Linux.")
+
+    run = Tool(name="run", description="R.", parameters={"type": "object"}, function=str, sandbox=refuse)
+    with pytest.raises(UserError, match="no kernel here"):
+        play_result("6", tools=[run])
+
+
+def test_state_is_closed_when_the_episode_ends_and_not_only_when_the_next_begins() -> None:
+    closed: list[str] = []
+
+    class Pad:
+        def close(self) -> None:
+            closed.append("closed")
+
+    @tool(state=Pad)
+    def write(state: object) -> str:
+        """Writes."""
+        return "written"
+
+    def store(trajectory: Trajectory) -> None:
+        assert closed == ["closed"]
+
+    play('<tool_call>{"name": "write", "arguments": {}}</tool_call>', "6", tools=[write], on_finished=store)
+    assert closed == ["closed"]
+
+
+def test_tools_that_misbehave_in_every_way_end_no_batch() -> None:
+    @tool(timeout_s=0.2, isolation="process")
+    def misbehave(how: int) -> object:
+        """Misbehaves.
+
+        Args:
+            how: the way.
+        """
+        nested: list[object] = []
+        nested.append(nested)
+        if how == 3:
+            os._exit(1)
+        if how == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ways = [
+            lambda: time.sleep(60),
+            lambda: 1 / 0,
+            lambda: float("nan"),
+            int,
+            int,
+            lambda: "x" * 10**7,
+            lambda: nested,
+            object,
+            lambda: os.fork() and "forked",
+        ]
+        return ways[how]()
+
+    def respond(request: Request, turn: int) -> list[int]:
+        text = f'<tool_call>{{"name": "misbehave", "arguments": {{"how": {request.episode}}}}}</tool_call>'
+        return CHAT.render_assistant(assistant("6" if turn else text))
+
+    engine = ScriptedEngine(respond, CHAT.stop_token_ids)
+    result = rollout(Doubles(), engine, CHAT, indices=range(9), tools=[misbehave])
+    failed, timeout = ToolErrorKind.EXCEPTION, ToolErrorKind.TIMEOUT
+    expected = [timeout, failed, failed, failed, failed, None, failed, failed, None]
+    assert [one.calls[0].error for one in result.trajectories] == expected
+    assert result.errors == []
+
+
+def test_a_secret_of_a_tool_is_in_no_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_KEY", "s3cret-key")
+
+    @tool(secrets=["SHOP_KEY"])
+    def leak(raises: bool) -> str:
+        """Leaks.
+
+        Args:
+            raises: in an error.
+        """
+        if raises:
+            raise RuntimeError(os.environ["SHOP_KEY"])
+        return os.environ["SHOP_KEY"]
+
+    turns = [f'<tool_call>{{"name": "leak", "arguments": {{"raises": {raises}}}}}</tool_call>'
+             for raises in ("true", "false")]  # fmt: skip
+    one = play(*turns, "6", tools=[leak])
+    assert [call.output for call in one.calls] == [
+        '{"error":"exception","message":"RuntimeError: [secret]"}', "[secret]"
+    ]  # fmt: skip
+    assert "s3cret-key" not in CHAT.decode(one.token_ids.tolist())
 
 
 def test_samples_of_a_model_depend_on_nothing_but_the_seed() -> None:

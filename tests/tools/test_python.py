@@ -65,7 +65,7 @@ def test_a_machine_without_a_sandbox_refuses_and_says_why(monkeypatch):
 
 
 def test_a_repl_keeps_variables_and_says_when_they_are_lost(sandbox):
-    repl = Repl(sandbox)
+    repl = Repl(lambda: sandbox)
     repl.run("x = 41")
     assert repl.run("x + 1") == "42\n"
     with pytest.raises(ToolError) as caught:
@@ -114,7 +114,7 @@ def test_state_is_the_episodes_own():
 
 def test_a_fork_opens_a_sandbox_of_its_own():
     kernel_sandbox_or_skip()
-    repl = Repl(None)
+    repl = Repl(python_module.shared_sandbox)
     repl.run("x = 1")
     reading, writing = os.pipe()
     child = os.fork()
