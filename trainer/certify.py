@@ -54,7 +54,7 @@ class Row:
     estimator: str
     """``sampled``, ``full`` or ``topk`` (whose target is the divergence over top-k and tail)."""
     baseline: str
-    """``none``, or ``value`` for ``E_p[w_f(u)]``."""
+    """``none``, or ``value`` for ``E_p[w_f(u)]``: over the vocabulary, or over top k and tail (``top-k value``)."""
     measured: Measurement
     expected: Verdict
     """What theory says."""
@@ -151,32 +151,42 @@ def _rows_of(divergence: Divergence, worlds: list[World]) -> Iterator[Row]:
         return world.updates(advantage(world.log_ratio_V, divergence, mode))
 
     def sampled_value(world: World, mode: Mode) -> Tensor:
-        value_V = _compare(world, divergence, mode).baseline_N.expand_as(world.teacher_V)
+        return with_baseline(world, mode, _full(world, divergence, mode))
+
+    def sampled_topk_value(world: World, mode: Mode) -> Tensor:
+        return with_baseline(world, mode, _topk(world, divergence, mode))
+
+    def with_baseline(world: World, mode: Mode, scores: DivergenceScores) -> Tensor:
+        value_V = scores.baseline_N.expand_as(world.teacher_V)
         return world.updates(advantage(world.log_ratio_V, divergence, mode, baseline=value_V))
 
     def full(world: World, mode: Mode) -> Tensor:
-        return world.backward(_compare(world, divergence, mode).loss_N.sum())
+        return world.backward(_full(world, divergence, mode).loss_N.sum())
 
     def topk(world: World, mode: Mode) -> Tensor:
-        top = world.teacher_V.log_softmax(0)[None].topk(TOP_K)
-        scores = topk_divergence(world.student_V[None], _identity, top.indices, top.values, divergence, mode)
-        return world.backward(scores.loss_N.sum())
+        return world.backward(_topk(world, divergence, mode).loss_N.sum())
 
     for mode in Mode:
         for estimator, baseline, target, update in (
             ("sampled", "none", exact, sampled),
             ("sampled", "value", exact, sampled_value),
+            ("sampled", "top-k value", exact, sampled_topk_value),
             ("full", "none", exact, full),
             ("topk", "none", exact_topk, topk),
         ):
-            if baseline == "value" and mode is not Mode.OPD_PLUS:
-                continue  # it takes the place of the centring constant; the stop-gradient has no use for it
+            if baseline != "none" and mode is Mode.OPD:
+                continue  # the mean of the OPD+ weight has no meaning there, and is refused
             measured = measure(worlds, target, partial(update, mode=mode))
             yield Row(divergence.name, mode, estimator, baseline, measured, _theory(divergence, mode))
 
 
-def _compare(world: World, divergence: Divergence, mode: Mode) -> DivergenceScores:
+def _full(world: World, divergence: Divergence, mode: Mode) -> DivergenceScores:
     return full_divergence(world.student_V[None], _identity, world.teacher_V[None], _identity, divergence, mode)
+
+
+def _topk(world: World, divergence: Divergence, mode: Mode) -> DivergenceScores:
+    top = world.teacher_V.log_softmax(0)[None].topk(TOP_K)
+    return topk_divergence(world.student_V[None], _identity, top.indices, top.values, divergence, mode)
 
 
 def _identity(logits_NV: Tensor) -> Tensor:

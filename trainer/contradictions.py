@@ -80,8 +80,7 @@ def _estimate(config: OPDConfig) -> None:
             )
         return
     for name, off in (("gamma", 0.0), ("baseline", Baseline.NONE), ("clip_ratio", None), ("truncate_weight", None)):
-        bounds_reward = name in ("clip_ratio", "truncate_weight") and config.reward_coefficient > 0
-        if getattr(config, name) != off and not bounds_reward:
+        if getattr(config, name) != off:
             raise ConfigError(
                 f"{name}={getattr(config, name)} has no meaning with estimator={config.estimator}, which sums over "
                 f"what could have been sampled at each token; set estimator=sampled, or leave {name} out"

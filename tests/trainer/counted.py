@@ -105,10 +105,17 @@ class World:
         return torch.where(self.episodes.sampled_BT, logprobs_BT, 0.0).sum(1).exp()
 
     def objective(
-        self, divergence: Divergence, gamma: int, *, topk: int = VOCABULARY, weights_N: Tensor | float = 1.0
+        self,
+        divergence: Divergence,
+        gamma: int,
+        *,
+        topk: int = VOCABULARY,
+        weights_N: Tensor | float = 1.0,
+        sampler: LlamaForCausalLM | None = None,
     ) -> Tensor:
         """Enumerated, naive: ``E_y Σ_n f(u_n)``; for γ = 0 with the distribution of the prefixes held fixed, and then
-        also for the divergence over top k and tail, and for weights of the single tokens."""
+        also for the divergence over top k and tail, for weights of the single tokens, and for prefixes that another
+        policy sampled."""
         episodes = self.episodes
         logprobs_BT, teacher_BT = episodes.logprobs(self.student), episodes.logprobs(self.teacher)
         if gamma == 1:
@@ -122,7 +129,8 @@ class World:
             p, q = (torch.cat([one.gather(1, likely), 1 - one.gather(1, likely).sum(1, True)], 1) for one in (p, q))
         values_N = weights_N * (p * divergence.f(q / p)).sum(1)
         per_prefix_BT = per_prefix_BT.masked_scatter(episodes.sampled_BT, values_N)
-        return (self.probabilities(logprobs_BT).detach() * per_prefix_BT.sum(1)).sum()
+        reached_BT = logprobs_BT if sampler is None else episodes.logprobs(sampler)
+        return (self.probabilities(reached_BT).detach() * per_prefix_BT.sum(1)).sum()
 
     def losses(self, divergence: Divergence, mode: str, gamma: float) -> tuple[Tensor, Tensor]:
         """The probability of every episode, and the training loss on each alone."""
@@ -148,10 +156,10 @@ class World:
         return probabilities, torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
 
 
-def trajectories(world: World) -> list[Trajectory]:
-    """The same episodes as the rollouts would record them, with the log-probs of the student; solved if they end in 1
-    or 2."""
-    logprobs_BT = world.episodes.logprobs(world.student).detach()
+def trajectories(world: World, sampler: LlamaForCausalLM | None = None) -> list[Trajectory]:
+    """The same episodes as the rollouts would record them, with the log-probs of the student or of another sampler;
+    solved if they end in 1 or 2."""
+    logprobs_BT = world.episodes.logprobs(sampler or world.student).detach()
     found = []
     for b, length in enumerate(world.episodes.attention_BT.sum(1).tolist()):
         sampled = world.episodes.sampled_BT[b, :length].numpy()

@@ -172,10 +172,6 @@ def test_settings_that_cannot_give_a_right_run_are_refused(change, expected):
     assert expected in str(caught.value)
 
 
-def test_with_a_reward_the_bounds_of_its_importance_ratio_mean_something_for_every_estimator():
-    OPDConfig(**NAMES, reward_coefficient=1.0, samples_per_problem=4, clip_ratio=0.2)
-
-
 def test_choices_may_be_given_by_their_value_and_are_members_afterwards():
     config = OPDConfig(**NAMES, estimator="sampled", mode="opd", resume="never")
     assert config.estimator is Estimator.SAMPLED

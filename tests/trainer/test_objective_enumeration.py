@@ -18,7 +18,7 @@ from opd_env.trainer.batch import PolicyModule, make_batch
 from opd_env.trainer.divergences import get_divergence
 from opd_env.trainer.objective import OPDObjective
 from opd_env.trainer.teachers import LocalTeacher
-from tests.trainer.counted import VOCABULARY, World, trajectories
+from tests.trainer.counted import VOCABULARY, World, trajectories, transformer
 from tests.trainer.toy import toy_config
 
 
@@ -43,12 +43,12 @@ def decoder_gradient(world: World, loss: Tensor) -> Tensor:
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(world.student.model.parameters()))])
 
 
-def expected_update(world: World, objective: OPDObjective) -> Tensor:
+def expected_update(world: World, objective: OPDObjective, sampler: Any = None) -> Tensor:
     """One padded micro-batch of all episodes; each token's gradient counts as often as its episode happens."""
-    objective.begin(trajectories(world))
+    objective.begin(trajectories(world, sampler))
     batch = make_batch(objective.rows)
     assert len({len(row.token_ids_T) for row in objective.rows}) > 1  # so that there is padding
-    probability_N = world.probabilities(world.episodes.logprobs(world.student)).detach()[batch.row_N]
+    probability_N = world.probabilities(world.episodes.logprobs(sampler or world.student)).detach()[batch.row_N]
 
     def loss_of(hidden_NH: Tensor, head: Any) -> Tensor:
         hidden_NH.register_hook(lambda gradient_NH: gradient_NH * probability_N[:, None])
@@ -93,6 +93,19 @@ def test_a_value_baseline_from_a_top_k_alone_changes_no_expected_update(gamma):
     )
     exact = decoder_gradient(world, world.objective(get_divergence("jsd"), gamma))
     assert_equal_updates(expected_update(world, objective), exact)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize(("estimator", "baseline"), [("sampled", "none"), ("sampled", "value"), ("full", "none")])
+def test_off_policy_the_importance_ratio_and_the_current_u_give_the_exact_gradient_at_the_visited_prefixes(
+    name, estimator, baseline
+):
+    world, sampler = World.make(), transformer(5)
+    objective = objective_of(world, divergence=name, estimator=estimator, baseline=baseline, ratio_policy="current")
+    exact = decoder_gradient(world, world.objective(get_divergence(name), 0, sampler=sampler))
+    assert_equal_updates(expected_update(world, objective, sampler), exact)
+    gap_N = objective.tokens.logprobs_N - objective.tokens.behaviour_logprobs_N
+    assert float(gap_N.abs().mean()) > 0.1  # far off-policy indeed
 
 
 @pytest.mark.parametrize(
