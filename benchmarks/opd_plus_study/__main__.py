@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="default: all")
     parser.add_argument("--output", type=Path, default=Path("runs/opd_plus_study"))
     parser.add_argument("--report", type=Path, help="where the report goes (default: the output folder)")
-    parser.add_argument("--validation", type=int, default=100, help="problems that choose the checkpoint")
+    parser.add_argument("--validation", type=int, default=60, help="problems that choose the checkpoint")
     parser.add_argument("--test", type=int, default=200, help="problems that are reported")
     parser.add_argument("--settings", type=yaml.safe_load, default={}, help="changes to study.yaml: '{steps: 40}'")
     options = parser.parse_args()

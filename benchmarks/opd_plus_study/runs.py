@@ -54,7 +54,7 @@ CURVES = {
 class Evaluations:
     """How many problems decide and report."""
 
-    validation: int = 100
+    validation: int = 60
     test: int = 200
 
 
