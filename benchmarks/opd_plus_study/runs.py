@@ -88,7 +88,7 @@ def measure_run(
         "arm": arm.name,
         "seed": seed,
         "failure": failure,
-        "validation": validation,
+        "validation": {str(step): accuracy for step, accuracy in validation.items()},
         "chosen_step": chosen,
         "chosen": reported[chosen],
         "final": reported[last],
