@@ -62,13 +62,16 @@ def test_processes_that_agree_stop_together_at_the_end_of_a_block(ours):
         asked.append(requested)
         return len(asked) == 2
 
-    with Interruption(agree) as interruption, pytest.raises(KeyboardInterrupt):
+    def work(interruption):
         for step in range(9):
             if step == 1 and ours:
                 send()
             done.append("rollout")
             with interruption.postponed():
                 done.append("update")
+
+    with Interruption(agree) as interruption, pytest.raises(KeyboardInterrupt):
+        work(interruption)
     assert asked == [False, ours]
     assert done == ["rollout", "update"] * 2
 
