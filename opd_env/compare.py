@@ -170,8 +170,9 @@ def read_side(path: str | Path, *, name: str = "") -> Side:
     if not files:
         raise NotComparable(f"{place} holds no trajectories beside its results, so its problems cannot be paired")
     home = place.parent.parent if place.parent.name == "evaluations" else place
+    given = str(place if home == place else home)
     return Side(
-        name=name or (str(path) if place == folder else f"{path} ({place.name})"),
+        name=name or (given if home == place else f"{given} ({place.name})"),
         settings=stored["settings"],
         versions=stored.get("versions", {}),
         label=stored.get("label", ""),

@@ -26,7 +26,9 @@ MOST_FLIPS = 30
 
 _TONES = ("before", "after", "teacher", "other")
 _WORSE_WHEN_HIGHER = frozenset({"malformed", "over_call", "under_call", "repeated", "truncated"})
+"""Metrics that count mistakes."""
 _NEITHER = frozenset({"called", "abstained"})
+"""More of it is neither better nor worse."""
 
 
 class _Model(NamedTuple):
@@ -56,11 +58,12 @@ def write_comparison(comparisons: Sequence[Comparison], path: str | Path) -> Pat
 def summary_sentence(comparison: Comparison) -> str:
     """What the comparison found, in one sentence."""
     paired = comparison.accuracy
-    points = f"{100 * paired.difference:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
+    change = f"{100 * paired.difference:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
+    p_value = f"p = {paired.p_value:.2g}" if paired.p_value >= 1e-4 else "p < 0.0001"
     test = "McNemar's exact test" if comparison.single else "sign test over problems"
     return (
-        f"Accuracy of {comparison.second.name} is {points} from {comparison.first.name}'s on {paired.n} common problems"
-        f": {paired.gained} gained, {paired.lost} lost, p = {paired.p_value:.2g} ({test})."
+        f"Accuracy changes by {change} from {comparison.first.name} to {comparison.second.name}, paired on {paired.n}"
+        f" common problems: {paired.gained} gained, {paired.lost} lost, {p_value} ({test})."
     )
 
 
@@ -81,7 +84,7 @@ def _context(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "label": first.label or settings.get("task"),
         "facts": [(name.replace("_", " "), str(value)) for name, value in facts if value not in (None, "")],
         "accuracies": list(zip(models, rates, strict=True)),
-        "headline": summary_sentence(comparisons[0]),
+        "headline": " ".join(map(summary_sentence, comparisons)),
         "charts": _charts(sides, models),
         "parts": [_part(one, models[0], model) for one, model in zip(comparisons, models[1:], strict=True)],
     }
@@ -98,7 +101,6 @@ def _part(comparison: Comparison, first: _Model, second: _Model) -> dict[str, An
     return {
         "first": first,
         "second": second,
-        "sentence": summary_sentence(comparison),
         "notes": comparison.notes,
         "marks": [(0, f"{-100 * reach:g}"), (50, "0"), (100, f"{100 * reach:+g}")],
         "rows": [_row(metric, reach) for metric in comparison.metrics],
@@ -115,7 +117,7 @@ def _row(metric: MetricDifference, reach: float) -> dict[str, Any]:
         return round(50 + 50 * max(-reach, min(reach, value)) / reach, 2)
 
     better = (change.value > 0) != (metric.name in _WORSE_WHEN_HIGHER)
-    tone = "unclear" if not change.clear or metric.name in _NEITHER else "up" if better else "down"
+    tone = "unclear" if not change.clear else "clear" if metric.name in _NEITHER else "up" if better else "down"
     return {
         "title": metric_title(metric.name),
         "note": BEHAVIOUR.get(metric.name, ("", ""))[1],

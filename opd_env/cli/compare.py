@@ -47,6 +47,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         _show(console, comparison, chosen.flips, chosen.transcripts)
     curves = [side for side in (first, *others) if len(side.curve) > 1]
     if curves:
+        console.print("\nLearning curves: accuracy on held-out problems")
         console.print(_curve_table(curves))
     console.print(f"page: {write_comparison(comparisons, chosen.output)}", soft_wrap=True, highlight=False)
     return 0
@@ -73,6 +74,9 @@ def _show(console: Console, comparison: Comparison, flips: int, transcripts: int
     for note in comparison.notes:
         console.print(Text(note, style="yellow"))
     console.print(_table(comparison))
+    console.print(
+        Text("  Bold: the interval leaves out 0; of twenty equal metrics, one is expected to.\n", style="dim")
+    )
     for title, style, all_flips in (("gained", "green", comparison.gained), ("lost", "red", comparison.lost)):
         if not all_flips:
             continue
@@ -104,8 +108,6 @@ def _table(comparison: Comparison) -> Table:
         )
         interval = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
         table.add_row(*(Text(cell, style=style) for cell in (metric_title(metric.name), *cells, interval)))
-    table.caption = "bold: the interval leaves out 0; of twenty equal metrics, one is expected to"
-    table.caption_justify = "left"
     return table
 
 
@@ -133,7 +135,7 @@ def _curve_table(sides: Sequence[Side]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title="Learning curves: accuracy on held-out problems", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Step", justify="right")
     for side in sides:
         table.add_column(side.name, justify="right", overflow="fold")
