@@ -15,31 +15,31 @@ Test it alone: ``pytest tests/core/test_evaluation.py``
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
-from platform import python_version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from opd_env.chat_player import play_by_chat
+from opd_env.chat_server import ChatServer
 from opd_env.engine import GREEDY, Engine, SamplingParams
+from opd_env.evaluation_settings import describe, installed_versions
+from opd_env.evaluation_tables import results_markdown, results_table
 from opd_env.formats import ChatFormat
 from opd_env.limits import RolloutLimits
 from opd_env.metrics import Summary, summarise
 from opd_env.rollouts import EpisodeError, rollout
-from opd_env.statistics import Rate
 from opd_env.store import TrajectoryWriter, load_trajectories
 from opd_env.tasks import Task
-from opd_env.tools import Tool, Toolbox
+from opd_env.tools import Tool
 from opd_env.trajectory import Trajectory
 from opd_env.trajectory_files import JOURNAL, PARQUET, explained, whole_or_nothing
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["EvaluationResult", "evaluate", "installed_versions", "results_markdown", "results_table"]
 
 _TRAJECTORIES = "trajectories"
 
@@ -52,8 +52,7 @@ class EvaluationResult:
     trajectories: Sequence[Trajectory]
     """In the order of the task's examples, then of samples."""
     settings: Mapping[str, Any]
-    """Task, split, version, tools and the level of their sandbox, sampling, limits, seed, model, chat format, and a
-    hash of the first prompt."""
+    """See ``opd_env.evaluation_settings.describe``; and ``problems``, how many were played."""
     errors: Sequence[EpisodeError]
     """Episodes that the kit failed to finish; they enter no rate, and another run plays them again."""
     seconds: float
@@ -78,10 +77,11 @@ class EvaluationResult:
 
 def evaluate(
     task: Task,
-    engine: Engine,
-    chat: ChatFormat,
+    engine: Engine | ChatServer,
+    chat: ChatFormat | None = None,
     *,
     model: str = "",
+    weights_hash: str = "",
     samples: int = 1,
     limit: int | None = None,
     tools: Sequence[str | Tool] | None = None,
@@ -90,14 +90,16 @@ def evaluate(
     seed: int = 0,
     folder: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_finished: Callable[[Trajectory], None] | None = None,
 ) -> EvaluationResult:
     """Plays the first ``limit`` problems of ``task``, ``samples`` times each.
 
     Args:
         task: the problems; any split.
-        engine: samples the model's turns; idle.
-        chat: the format of the model's tokenizer.
+        engine: samples the model's turns, idle; or a chat server, which is asked in plain text.
+        chat: the format of the model's tokenizer; a chat server has its own.
         model: the model's name, for the results; a folder is not continued with another model.
+        weights_hash: of its weights (``opd_env.models.weights_hash``), so that nor is it with another of that name.
         samples: episodes of each problem.
         limit: problems; None takes all.
         tools: what the model may call; by default the task's own. An empty list offers none.
@@ -106,6 +108,7 @@ def evaluate(
         seed: of the sampling.
         folder: where to store everything, and to continue from.
         progress: called with finished and all episodes, as they finish.
+        on_finished: called with every episode that was played now, before ``progress``.
 
     Raises:
         ValueError: the settings make no sense together, or differ from those of the folder's results.
@@ -115,6 +118,7 @@ def evaluate(
         raise ValueError(f"samples={samples} and limit={limit}: both must be at least 1")
     if samples > 1 and sampling.temperature == 0:
         raise ValueError(f"samples={samples} of greedy decoding would all be the same; set a temperature, or samples=1")
+    play = _player(engine, chat)
     limits = limits or RolloutLimits()
     problems = len(task) if limit is None else min(limit, len(task))
     index_of = {task[index].id: index for index in range(problems)}
@@ -123,7 +127,10 @@ def evaluate(
             f"task {task.name!r} has {len(index_of)} different ids for its first {problems} examples; results are kept "
             "by id, so every example needs its own"
         )
-    settings = _settings(task, chat, model, samples, tools, limits, sampling, seed)
+    settings = describe(
+        task, chat, model=model, weights_hash=weights_hash, samples=samples, tools=tools, limits=limits,
+        sampling=sampling, seed=seed,
+    )  # fmt: skip
     started = time.perf_counter()
     finished: dict[tuple[str, int], Trajectory] = {}
     if folder is not None:
@@ -141,13 +148,14 @@ def evaluate(
                 if writer is not None:
                     writer.append(trajectory)
                 finished[trajectory.example_id, trajectory.sample] = trajectory
+                if on_finished is not None:
+                    on_finished(trajectory)
                 if progress is not None:
                     progress(len(finished), problems * samples)
 
-            errors = rollout(
-                task, engine, chat, episodes=missing, tools=tools, limits=limits, sampling=sampling, seed=seed,
-                on_finished=keep,
-            ).errors  # fmt: skip
+            errors = play(
+                task, episodes=missing, tools=tools, limits=limits, sampling=sampling, seed=seed, on_finished=keep
+            )
     trajectories = sorted(finished.values(), key=lambda one: (index_of[one.example_id], one.sample))
     result = EvaluationResult(
         summary=summarise(trajectories),
@@ -162,99 +170,12 @@ def evaluate(
     return result
 
 
-def results_table(results: Sequence[EvaluationResult]) -> Table:
-    """A table for the terminal: a section per result, a line per metric that was observed."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("Metric", overflow="fold")
-    for name in ("Value", "95 % interval", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for result in results:
-        settings = result.settings
-        about = f"{settings['split']} split, version {settings['version']}, k = {settings['samples']}"
-        table.add_row(Text(f"{settings['model']} {result.label}".strip(), style="bold"))
-        table.add_row(Text(about, style="dim"))
-        for row in _rows(result):
-            table.add_row(*(Text(cell) for cell in row[4:]))
-        table.add_section()
-    return table
-
-
-def results_markdown(results: Sequence[EvaluationResult]) -> str:
-    """The same table as Markdown."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for result in results for row in _rows(result)]
-    return "\n".join(lines) + "\n"
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the kit and of what its numbers depend on; packages that are not installed are left out."""
-    versions = {"python": python_version()}
-    for package in ("opd-env", "torch", "transformers", "tokenizers", "gymnasium", "numpy", "datasets", "peft"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-_BEHAVIOUR = (
-    "tool_call_validity", "parse_rate", "name_rate", "argument_rate", "execution_rate", "called", "malformed",
-    "abstained", "over_call", "under_call", "repeated", "recovery", "truncated",
-)  # fmt: skip
-_COLUMNS = ("Model", "Task", "Version", "k", "Metric", "Value", "95 % interval", "n")
-
-
-def _rows(result: EvaluationResult) -> list[tuple[str, ...]]:
-    summary = result.summary
-    rates: dict[str, Rate] = {"accuracy": summary.accuracy}
-    if summary.samples > 1:
-        rates |= {f"pass@{k}": summary.pass_at_k[k] for k in summary.pass_at_k}
-    rates |= summary.scores
-    rates |= {name: getattr(summary, name) for name in _BEHAVIOUR}
-    settings = result.settings
-    head = (settings["model"], result.label, f"{settings['version']} {settings['split']}", str(settings["samples"]))
-    return [
-        (*head, name, f"{100 * rate.value:.1f} %", f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]", str(rate.n))
-        for name, rate in rates.items()
-        if rate.n
-    ]
-
-
-def _settings(
-    task: Task,
-    chat: ChatFormat,
-    model: str,
-    samples: int,
-    tools: Sequence[str | Tool] | None,
-    limits: RolloutLimits,
-    sampling: SamplingParams,
-    seed: int,
-) -> dict[str, Any]:
-    first = task.tools_of(task[0]) if tools is None else tools
-    with Toolbox(first) as toolbox:
-        schemas, levels = toolbox.schemas, toolbox.sandbox_levels()
-    names = [schema["function"]["name"] for schema in schemas]
-    each_its_own = tools is None and list(first) != list(task.tools)
-    prompt = chat.decode(chat.render_prompt(task[0].messages, schemas))
-    return {
-        "model": model,
-        "task": task.name or type(task).__name__,
-        "version": task.version,
-        "split": task.split,
-        "size": len(task),
-        "tools": ["each problem's own"] if each_its_own else names,
-        "samples": samples,
-        "sampling": asdict(sampling) | {"max_tokens": limits.max_turn_tokens},
-        "limits": asdict(limits),
-        "seed": seed,
-        "sandbox": levels or None,
-        "chat_format": chat.name,
-        "prompt_hash": hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()[:16],
-    }
+def _player(engine: Engine | ChatServer, chat: ChatFormat | None) -> Callable[..., list[EpisodeError]]:
+    if isinstance(engine, ChatServer):
+        return partial(play_by_chat, server=engine)
+    if chat is None:
+        raise ValueError("an engine needs the chat format of its model's tokenizer: chat=get_format(tokenizer)")
+    return lambda task, **options: rollout(task, engine, chat, **options).errors
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ Test it alone: ``pytest tests/core/test_models.py``
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -88,6 +89,15 @@ def _load_pretrained(name: str, dtype: str) -> LoadedModel:
             "save_pretrained wrote, or a Hugging Face hub id (which needs network or a filled cache)"
         ) from error
     return LoadedModel(model, tokenizer, name)
+
+
+def weights_hash(model: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of all parameters and buffers: their names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

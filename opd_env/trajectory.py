@@ -104,6 +104,9 @@ class TurnRecord:
 class Trajectory:
     """A finished episode. Arrays have one entry per token, shape ``[T]``.
 
+    An episode that was played as text (a chat server, which tells neither tokens nor log-probs) has empty arrays, and
+    its turns and calls span nothing: it can be graded and compared, and never trained on.
+
     Raises:
         ValueError: an invariant does not hold; the message names it, the example and the first bad index.
     """
@@ -173,7 +176,7 @@ class Trajectory:
             spans[turn.start : turn.stop] = True
             refuse(spans & (self.turn > number), f"turn {number} holds tokens of a later turn")
             for call in turn.calls:
-                if not turn.start <= call.start < call.stop <= turn.stop:
+                if length and not turn.start <= call.start < call.stop <= turn.stop:
                     raise ValueError(
                         f"{where}: a call of turn {number} spans [{call.start}, {call.stop}), outside its turn"
                     )

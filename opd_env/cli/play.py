@@ -6,6 +6,7 @@ Test it alone: ``pytest tests/core/test_cli.py``
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +19,12 @@ from opd_env.tasks import load_task
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
+    from opd_env.chat_server import ChatServer
     from opd_env.formats import ChatFormat
     from opd_env.local_engine import LocalEngine
+    from opd_env.tasks import Task
     from opd_env.trajectory import Trajectory
 
 
@@ -29,7 +33,8 @@ class PlaySettings:
     """What both commands need."""
 
     model: str
-    """packaged:student, packaged:teacher, smollm2, a folder that save_pretrained wrote, or a hub id."""
+    """packaged:student, packaged:teacher, smollm2, a folder that save_pretrained wrote, a hub id, or (eval only) the
+    address of a chat server, such as http://127.0.0.1:8000/v1."""
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the task, such as a data file or difficulty levels."""
     samples: int = 1
@@ -60,8 +65,11 @@ class EvalSettings(PlaySettings):
     """How many problems, the first of the split; null takes all."""
     temperature: float = 0.0
     """Sampling temperature; 0 takes the most likely token."""
+    server_model: str = ""
+    """Name of the model at a chat server; empty takes the only one that it serves. A key is read from
+    $OPENAI_API_KEY."""
     output: str = "runs/eval"
-    """Results go to output/MODEL/TASK."""
+    """Results go to output/MODEL/TASK-HASH: one folder for every model, task version and sampling."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,33 +105,60 @@ def _evaluate(settings: EvalSettings) -> int:
 
     import_files(settings.imports)
     tasks = [load_task(name, settings.split, **settings.task_options) for name in settings.task]
-    engine, chat = _open(settings)
+    engine, chat, model, weights = _open_any(settings)
     console = Console()
-    results = []
+    results, folders = [], []
     for task in tasks:
-        with _progress(f"{task.name} ({task.split})") as advance:
+        options: dict[str, Any] = {
+            "model": model,
+            "weights_hash": weights,
+            "samples": settings.samples,
+            "tools": settings.tools,
+            "limits": settings.limits,
+            "sampling": SamplingParams(temperature=settings.temperature),
+            "seed": settings.seed,
+        }
+        folder = Path(settings.output) / _slug(model) / cache_name(task, chat, **options)
+        with _progress(f"{task.name} ({task.split})") as meter:
             result = evaluate(
                 task,
                 engine,
                 chat,
-                model=settings.model,
-                samples=settings.samples,
                 limit=settings.problems,
-                tools=settings.tools,
-                limits=settings.limits,
-                sampling=SamplingParams(temperature=settings.temperature),
-                seed=settings.seed,
-                folder=Path(settings.output) / _slug(settings.model) / _slug(task.name),
-                progress=advance,
+                folder=folder,
+                progress=meter.advance,
+                on_finished=meter.count,
+                **options,
             )
         results.append(result)
+        folders.append(folder)
         for error in result.errors[:1]:
             console.print(
                 f"[yellow]{len(result.errors)} episodes failed; the first: {error.message}[/]", highlight=False
             )
     console.print(results_table(results))
-    console.print(f"results: {Path(settings.output) / _slug(settings.model)}", soft_wrap=True)
+    for folder in folders:
+        console.print(f"results: {folder}", soft_wrap=True, highlight=False)
     return 0
+
+
+def cache_name(task: Task, chat: ChatFormat | None, **options: Any) -> str:
+    """Name of the folder for an evaluation: readable, and another one for other settings."""
+    from opd_env.evaluation_settings import describe, fingerprint_of
+
+    return f"{_slug(task.name)}-{fingerprint_of(describe(task, chat, **options))[:8]}"
+
+
+def _open_any(settings: EvalSettings) -> tuple[LocalEngine | ChatServer, ChatFormat | None, str, str]:
+    """What samples, its chat format, the model's name, and the hash of its weights."""
+    from opd_env.chat_server import ChatServer
+    from opd_env.models import weights_hash
+
+    if settings.model.startswith(("http://", "https://")):
+        server = ChatServer(settings.model, settings.server_model, concurrency=settings.concurrent_episodes)
+        return server, None, server.model, ""
+    engine, chat = _open(settings)
+    return engine, chat, settings.model, weights_hash(engine.model)
 
 
 def _rollout(settings: RolloutSettings) -> int:
@@ -137,12 +172,13 @@ def _rollout(settings: RolloutSettings) -> int:
     task = load_task(settings.task, settings.split, **settings.task_options)
     last = min(settings.first + settings.problems, len(task))
     engine, chat = _open(settings)
-    with _progress(f"{task.name} ({task.split})") as advance:
+    with _progress(f"{task.name} ({task.split})") as meter:
         finished: list[Trajectory] = []
 
         def keep(trajectory: Trajectory) -> None:
             finished.append(trajectory)
-            advance(len(finished), (last - settings.first) * settings.samples)
+            meter.count(trajectory)
+            meter.advance(len(finished), (last - settings.first) * settings.samples)
 
         result = rollout(
             task,
@@ -183,15 +219,38 @@ def _open(settings: PlaySettings) -> tuple[LocalEngine, ChatFormat]:
     return engine, chat
 
 
-@contextmanager
-def _progress(label: str) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+@dataclass
+class _Meter:
+    """What the bar tells: sampled tokens per second, and the time left at the pace of this run."""
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+    bar: Progress
+    task: TaskID
+    started: float = field(default_factory=time.perf_counter)
+    played: int = 0
+    tokens: int = 0
+
+    def count(self, trajectory: Trajectory) -> None:
+        self.played += 1
+        self.tokens += trajectory.num_sampled
+
+    def advance(self, done: int, total: int) -> None:
+        seconds = time.perf_counter() - self.started
+        left = (total - done) * seconds / max(1, self.played)
+        speed = f"{self.tokens / seconds:,.0f} tokens/s" if self.tokens else f"{60 * self.played / seconds:.1f} per minute"
+        clock = f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left"
+        self.bar.update(self.task, completed=done, total=total, speed=f"{speed}, {clock}")
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[_Meter]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+    with Progress(
+        *columns, TextColumn("{task.fields[speed]}"), console=Console(stderr=True), transient=True
+    ) as progress:
+        yield _Meter(progress, progress.add_task(label, total=None, speed=""))
 
 
 def _show(console: Console, trajectory: Trajectory, chat: ChatFormat) -> None:

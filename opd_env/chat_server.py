@@ -1,0 +1,250 @@
+"""A model behind an OpenAI-compatible chat API: vLLM, llama.cpp, Ollama, or a frontier model as a baseline.
+
+Worked example::
+
+    server = ChatServer("http://127.0.0.1:8000/v1")
+    reply = server.complete([user("What is 6 * 7?")], [calculator.schema], SamplingParams(temperature=0, max_tokens=64))
+    reply.text, reply.calls, reply.truncated
+
+A server tells neither tokens nor log-probs that could be trusted, so what it answers can be graded, never trained on.
+Faults that pass (429, 5xx, a lost or slow connection, an answer that is no chat completion) are tried again with
+growing pauses; what will not pass (a wrong key, an unknown model) ends the evaluation at once.
+
+Test it alone: ``pytest tests/core/test_chat_server.py``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any, NamedTuple
+
+from opd_env.engine import SamplingParams
+from opd_env.errors import UserError
+
+LONGEST_ANSWER = 8_000_000
+"""Bytes; a longer answer is a fault."""
+LONGEST_PAUSE = 60.0
+"""Seconds between two tries, whatever the server asks for."""
+
+
+class ServerRefused(UserError):
+    """The server will not answer however often it is asked; the message says why."""
+
+
+class ServerFault(Exception):
+    """A fault that may pass; raised when the tries are used up."""
+
+
+class ContextFull(Exception):
+    """The conversation is longer than the model's context."""
+
+
+class NativeCall(NamedTuple):
+    """A tool call as the server read it from the model's tokens; nothing in it has been checked."""
+
+    id: str
+    name: str
+    arguments: str
+    """Meant to be a JSON object."""
+
+
+class Reply(NamedTuple):
+    """One assistant turn."""
+
+    text: str
+    calls: tuple[NativeCall, ...]
+    truncated: bool
+    """The turn reached its limit of tokens; its calls must not be run."""
+    total_tokens: int
+    """Prompt and answer as the server counts them; 0 when it does not say."""
+    seconds: float = 0.0
+    """Time of the try that succeeded, without the pauses before it."""
+
+
+@dataclass
+class ChatServer:
+    """A client of ``/chat/completions``. Threads may share it.
+
+    Raises:
+        ServerRefused: (when no model is named) the server cannot be reached, or serves not exactly one model.
+    """
+
+    url: str
+    """Up to and with ``/v1``."""
+    model: str = ""
+    """By default the only one that the server offers."""
+    api_key: str | None = None
+    """By default ``$OPENAI_API_KEY``, if it is set."""
+    concurrency: int = 16
+    """Episodes that are played side by side."""
+    timeout_s: float = 300.0
+    """For one answer as a whole."""
+    tries: int = 6
+    pause_s: float = 1.0
+    """Before the second try; doubles from try to try."""
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/")
+        self._limit_name = "max_completion_tokens"
+        if self.api_key is None:
+            self.api_key = os.environ.get("OPENAI_API_KEY")
+        if not self.model:
+            self.model = self._only_model()
+
+    def complete(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        params: SamplingParams,
+        seed: int | None = None,
+    ) -> Reply:
+        """Asks for one assistant turn.
+
+        Args:
+            messages: the conversation so far, in the API's own shape.
+            tools: schemas of the tools on offer.
+            params: temperature, top-p and the turn's limit of tokens; the API has no top-k.
+            seed: passed on; servers promise no more than to try.
+
+        Raises:
+            ServerFault: every try failed.
+            ServerRefused: it will not answer.
+            ContextFull: the conversation has become too long.
+        """
+        if params.top_k:
+            raise ServerRefused(f"top_k={params.top_k}: the chat API cannot do that; set top_k=0")
+        body: dict[str, Any] = {"model": self.model, "messages": list(messages), "temperature": params.temperature}
+        if params.top_p < 1:
+            body["top_p"] = params.top_p
+        if tools:
+            body["tools"] = list(tools)
+        if seed is not None:
+            body["seed"] = seed
+        for attempt in range(self.tries):
+            body.pop("max_tokens", None), body.pop("max_completion_tokens", None)
+            body[self._limit_name] = params.max_tokens
+            started = time.perf_counter()
+            try:
+                reply = _read_reply(self._send("/chat/completions", body))
+                return reply._replace(seconds=time.perf_counter() - started)
+            except _Pause as fault:
+                if attempt == self.tries - 1:
+                    raise ServerFault(f"{self.url} failed {self.tries} times; the last: {fault}") from fault
+                time.sleep(min(LONGEST_PAUSE, fault.seconds or self.pause_s * 2**attempt * random.uniform(0.75, 1.25)))
+        raise ServerFault(f"tries={self.tries}: nothing was tried")
+
+    def _only_model(self) -> str:
+        try:
+            listed = [str(entry["id"]) for entry in self._send("/models")["data"]]
+        except (_Pause, KeyError, TypeError) as error:
+            raise ServerRefused(f"cannot ask {self.url}/models which model it serves ({error}); name one") from error
+        if len(listed) != 1:
+            raise ServerRefused(f"{self.url} serves {len(listed)} models; name one of {', '.join(listed[:20])}")
+        return listed[0]
+
+    def _send(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON that the server answers."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            request = urllib.request.Request(self.url + path, data, headers)
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                return json.loads(_read_all(response, deadline))
+        except urllib.error.HTTPError as error:
+            with error:
+                self._refuse(error, _start_of(error))
+        except (OSError, HTTPException) as error:  # URLError, time-outs and resets are OSErrors
+            raise _Pause(str(error) or type(error).__name__) from error
+        except ValueError as error:
+            if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+                raise _Pause(f"the answer is not JSON ({error})") from error
+            raise ServerRefused(
+                f"{self.url!r} is no URL of a server ({error}); it looks like http://HOST:8000/v1"
+            ) from error
+
+    def _refuse(self, error: urllib.error.HTTPError, answer: str) -> None:
+        """Raises what an error status means."""
+        said = f"HTTP {error.code}: {answer}"
+        if error.code in (408, 409, 425, 429) or error.code >= 500:
+            raise _Pause(said, _seconds(error.headers.get("Retry-After"))) from error
+        if error.code == 400 and ("context_length" in answer or "context length" in answer):
+            raise ContextFull(said) from error
+        if error.code == 400 and "max_completion_tokens" in answer and self._limit_name != "max_tokens":
+            self._limit_name = "max_tokens"  # the name in older servers
+            raise _Pause(said, 1e-3) from error
+        hint = "; set OPENAI_API_KEY" if error.code in (401, 403) else ""
+        raise ServerRefused(f"{self.url} refuses model {self.model!r} with {said}{hint}") from error
+
+
+class _Pause(Exception):
+    """A fault that may pass."""
+
+    def __init__(self, message: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+def _read_all(response: Any, deadline: float) -> bytes:
+    """The whole answer; a server that sends it byte by byte does not hold an episode for ever."""
+    answer = bytearray()
+    while chunk := response.read1(65536):
+        answer += chunk
+        if len(answer) > LONGEST_ANSWER:
+            raise _Pause(f"the answer is longer than {LONGEST_ANSWER} bytes")
+        if time.monotonic() > deadline:
+            raise _Pause("the answer took too long")
+    return bytes(answer)
+
+
+def _start_of(error: urllib.error.HTTPError) -> str:
+    try:
+        return " ".join(error.read(2000).decode("utf-8", "replace").split())[:500]
+    except (OSError, HTTPException):
+        return error.reason
+
+
+def _seconds(value: str | None) -> float | None:
+    """Of a ``Retry-After`` header; a date or nonsense counts as none."""
+    try:
+        return max(0.0, float(value)) if value is not None else None
+    except ValueError:
+        return None
+
+
+def _read_reply(answer: Any) -> Reply:
+    try:
+        choice = answer["choices"][0]
+        message = choice["message"]
+        content = message.get("content")
+        if isinstance(content, list):  # parts, as some servers write it
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        calls = tuple(_read_call(call, number) for number, call in enumerate(message.get("tool_calls") or ()))
+        usage = answer.get("usage") or {}
+        total = usage.get("total_tokens")
+        if not isinstance(content, str | None):
+            raise TypeError(f"content is a {type(content).__name__}")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _Pause(f"the answer is no chat completion ({type(error).__name__}: {error})") from error
+    truncated = choice.get("finish_reason") == "length"
+    return Reply(content or "", calls, truncated, total if isinstance(total, int) else 0)
+
+
+def _read_call(call: Mapping[str, Any], number: int) -> NativeCall:
+    function = call["function"]
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):  # an object, as some servers write it; none at all for a tool without arguments
+        arguments = json.dumps({} if arguments is None else arguments)
+    if not isinstance(function["name"], str):
+        raise TypeError(f"a call's name is a {type(function['name']).__name__}")
+    return NativeCall(str(call.get("id") or f"call_{number}"), function["name"], arguments or "{}")
