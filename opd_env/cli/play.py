@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from opd_env.chat_server import ChatServer
     from opd_env.formats import ChatFormat
     from opd_env.local_engine import LocalEngine
+    from opd_env.models import LoadedModel
     from opd_env.tasks import Task
     from opd_env.trajectory import Trajectory
 
@@ -157,8 +158,8 @@ def _open_any(settings: EvalSettings) -> tuple[LocalEngine | ChatServer, ChatFor
     if settings.model.startswith(("http://", "https://")):
         server = ChatServer(settings.model, settings.server_model, concurrency=settings.concurrent_episodes)
         return server, None, server.model, ""
-    engine, chat = _open(settings)
-    return engine, chat, settings.model, weights_hash(engine.model)
+    engine, chat, loaded = _open(settings)
+    return engine, chat, settings.model, weights_hash(loaded.model)
 
 
 def _rollout(settings: RolloutSettings) -> int:
@@ -171,7 +172,7 @@ def _rollout(settings: RolloutSettings) -> int:
     import_files(settings.imports)
     task = load_task(settings.task, settings.split, **settings.task_options)
     last = min(settings.first + settings.problems, len(task))
-    engine, chat = _open(settings)
+    engine, chat, _ = _open(settings)
     with _progress(f"{task.name} ({task.split})") as meter:
         finished: list[Trajectory] = []
 
@@ -204,7 +205,7 @@ def _rollout(settings: RolloutSettings) -> int:
     return 1 if result.errors else 0
 
 
-def _open(settings: PlaySettings) -> tuple[LocalEngine, ChatFormat]:
+def _open(settings: PlaySettings) -> tuple[LocalEngine, ChatFormat, LoadedModel]:
     import torch
 
     if not isinstance(getattr(torch, settings.dtype, None), torch.dtype):
@@ -216,7 +217,7 @@ def _open(settings: PlaySettings) -> tuple[LocalEngine, ChatFormat]:
     loaded = load_model(settings.model, dtype=settings.dtype)
     chat = get_format(loaded.tokenizer)
     engine = LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, settings.concurrent_episodes)
-    return engine, chat
+    return engine, chat, loaded
 
 
 @dataclass
@@ -236,7 +237,9 @@ class _Meter:
     def advance(self, done: int, total: int) -> None:
         seconds = time.perf_counter() - self.started
         left = (total - done) * seconds / max(1, self.played)
-        speed = f"{self.tokens / seconds:,.0f} tokens/s" if self.tokens else f"{60 * self.played / seconds:.1f} per minute"
+        speed = (
+            f"{self.tokens / seconds:,.0f} tokens/s" if self.tokens else f"{60 * self.played / seconds:.1f} per minute"
+        )
         clock = f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left"
         self.bar.update(self.task, completed=done, total=total, speed=f"{speed}, {clock}")
 

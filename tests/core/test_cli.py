@@ -133,11 +133,15 @@ def test_eval_scores_a_packaged_model_and_continues(tmp_path: Path, capsys: pyte
     ]
     assert main(words) == 0
     assert "accuracy" in capsys.readouterr().out
-    results = json.loads((tmp_path / "packaged_teacher" / "arithmetic" / "results.json").read_text())
-    assert results["evaluation"]["n"] == 4
+    (folder,) = (tmp_path / "packaged_teacher").iterdir()
+    assert folder.name.startswith("arithmetic-")
+    results = json.loads((folder / "results.json").read_text())["evaluation"]
+    assert results["n"] == 4
+    assert len(results["settings"]["weights_hash"]) == 16
     assert main([*words[:-3], "6", *words[-2:]]) == 0
-    results = json.loads((tmp_path / "packaged_teacher" / "arithmetic" / "results.json").read_text())
-    assert results["evaluation"]["n"] == 6
+    assert json.loads((folder / "results.json").read_text())["evaluation"]["n"] == 6
+    assert main([*words, "--temperature", "1", "--samples", "2"]) == 0
+    assert len(list((tmp_path / "packaged_teacher").iterdir())) == 2
 
 
 def test_rollout_shows_episodes_and_saves_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

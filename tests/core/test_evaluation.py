@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -14,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from opd_env.engine import Engine, Request, SamplingParams, ScriptedEngine
+from opd_env.engine import GREEDY, Engine, Request, SamplingParams, ScriptedEngine
 from opd_env.evaluation import EvaluationResult, evaluate, results_markdown, results_table
-from opd_env.formats import get_format
+from opd_env.evaluation_settings import describe
+from opd_env.formats import Rendered, get_format
 from opd_env.limits import RolloutLimits
 from opd_env.messages import Message, assistant, user
 from opd_env.metrics import Summary
+from opd_env.models import weights_hash
 from opd_env.statistics import wilson
 from opd_env.store import StoreError, TrajectoryWriter, load_trajectories
 from opd_env.tasks import Example, Grade, Task, grade_number
@@ -28,6 +32,9 @@ from opd_env.tools import get_tool, open_sandbox
 from tests.core.tiny import tiny_tokenizer
 
 CHAT = get_format(tiny_tokenizer())
+DESCRIBED: dict[str, Any] = {
+    "model": "", "samples": 1, "tools": None, "limits": RolloutLimits(), "sampling": GREEDY, "seed": 0,
+}  # fmt: skip
 WARM = SamplingParams(temperature=1.0)
 
 
@@ -197,6 +204,7 @@ def test_a_half_sampled_problem_is_completed_without_doubles(tmp_path: Path) -> 
     ("change", "difference"),
     [
         ({"model": "other"}, "model was 'tiny', now 'other'"),
+        ({"weights_hash": "0123"}, "weights_hash was '', now '0123'"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"tools": []}, r"tools was \['calculator'\], now \[\]"),
         ({"task": Doubles(13)}, "size was 12, now 13"),
@@ -221,6 +229,27 @@ def test_a_changed_prompt_is_another_evaluation(tmp_path: Path) -> None:
     run(folder=tmp_path)
     with pytest.raises(ValueError, match="prompt_hash was"):
         run(folder=tmp_path, task=Reworded())
+
+
+def test_prompts_are_the_same_for_every_chat_format_and_templates_are_told_apart() -> None:
+    wordy = get_format(tiny_tokenizer())
+    plain = wordy.tool_results
+    wordy.tool_results = lambda messages: Rendered(*(part * 2 for part in plain(messages)))  # type: ignore[method-assign]
+    one, other = (describe(Doubles(), chat, **DESCRIBED) for chat in (CHAT, wordy))
+    server = describe(Doubles(), None, **DESCRIBED)
+    assert one["prompt_hash"] == other["prompt_hash"] == server["prompt_hash"]
+    assert one["template_hash"] != other["template_hash"]
+    assert server["template_hash"] == ""
+
+
+def test_weights_that_differ_in_one_number_have_another_hash() -> None:
+    model = torch.nn.Linear(3, 2)
+    before = weights_hash(model)
+    assert weights_hash(copy.deepcopy(model)) == before
+    with torch.no_grad():
+        model.weight[0, 0] += 1e-6
+    assert weights_hash(model) != before
+    assert weights_hash(model.to(torch.bfloat16)) != weights_hash(model.float())
 
 
 def test_a_damaged_settings_file_is_named(tmp_path: Path) -> None:
