@@ -14,6 +14,7 @@ Test it alone: ``pytest tests/core/test_chat_player.py``
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ from opd_env.env import PlayedCall, ToolEnv
 from opd_env.limits import RolloutLimits
 from opd_env.rollouts import EpisodeError, episode_seed
 from opd_env.tasks import Task
-from opd_env.tools import Tool
+from opd_env.tools import Tool, ToolErrorKind
 from opd_env.trajectory import CallRecord, StopReason, Trajectory, TurnRecord
 
 _NOT_IN_A_NAME = re.compile(r"[^a-zA-Z0-9_-]")
@@ -56,7 +57,7 @@ def play_by_chat(
     the answers and the tools, not the pauses between tries.
 
     Returns:
-        Episodes that the server failed to answer. They enter no rate; another run plays them again.
+        Episodes that the server, or the kit, failed to finish. They enter no rate; another run plays them again.
 
     Raises:
         ServerRefused: the server will not answer, or has failed too many episodes in a row.
@@ -76,11 +77,18 @@ def play_by_chat(
                 index, sample = playing.pop(future)
                 try:
                     trajectory = future.result()
-                except ServerFault as error:
-                    errors.append(EpisodeError(task[index].id, sample, str(error)))
+                except ServerRefused:
+                    raise
+                except Exception as error:
+                    if "PYTEST_CURRENT_TEST" in os.environ and not isinstance(error, ServerFault):
+                        raise  # a failure of the kit
+                    message = str(error) if isinstance(error, ServerFault) else f"{type(error).__name__}: {error}"
+                    errors.append(EpisodeError(task[index].id, sample, message))
                     in_a_row += 1
                     if in_a_row >= max(_MOST_FAULTS, server.concurrency):
-                        raise ServerRefused(f"{in_a_row} episodes in a row failed; {error}; try again later") from error
+                        raise ServerRefused(
+                            f"{in_a_row} episodes in a row failed; {message}; try again later"
+                        ) from error
                     continue
                 in_a_row = 0
                 on_finished(trajectory)
@@ -154,6 +162,9 @@ class _Player:
             before = time.perf_counter()
             _, _, terminated, truncated, info = env.step(action)
             tool_seconds = time.perf_counter() - before
+            broken = [call.result for call in info["calls"] if call.result.error is ToolErrorKind.SANDBOX]
+            if broken:
+                raise RuntimeError(f"tool {broken[0].name!r} failed by no fault of the student: {broken[0].content}")
             spent += tool_seconds
             records = tuple(_record(call) for call in info["calls"])
             turns[-1] = replace(turns[-1], calls=records, tool_seconds=tool_seconds)
