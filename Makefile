@@ -33,8 +33,13 @@ $(VENV)/.smollm2: $(READY)
 .PHONY: smollm2
 smollm2: $(VENV)/.smollm2
 
+# Data and back ends of the function-calling leaderboard, without the clients of every model API that it asks for.
+$(VENV)/.bfcl: $(READY)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps bfcl-eval==2026.3.23 mpmath
+	touch $@
+
 # The sandbox's tests look at all processes and canaries of the machine: no other test may open one meanwhile.
-test: $(VENV)/.smollm2 lint
+test: $(VENV)/.smollm2 $(VENV)/.bfcl lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/tools/sandbox
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --ignore=tests/tools/sandbox
 

@@ -126,7 +126,7 @@ class ToolEnv(gymnasium.Env[str, str]):
         return "\n\n".join(message["content"] for message in self._messages), info
 
     def step(self, action: str) -> tuple[str, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Plays one assistant turn: runs its calls, or grades it when it has none.
+        """Plays one assistant turn: runs its calls; without calls it is graded, or the user speaks again.
 
         Raises:
             RuntimeError: the episode is over or was never reset.
@@ -137,7 +137,7 @@ class ToolEnv(gymnasium.Env[str, str]):
         self._turns += 1
         self._messages.append(_as_message(turn))
         if not turn.calls:
-            return self._end(StopReason.ANSWER, turn.content)
+            return self._answered(turn.content)
         if time.monotonic() >= self._deadline:
             return self._end(StopReason.TIME, None)
 
@@ -170,6 +170,22 @@ class ToolEnv(gymnasium.Env[str, str]):
         if self._turns >= self.limits.max_turns:
             return self._end(StopReason.MAX_TURNS, None, details)
         return "\n".join(reply["content"] for reply in replies), 0.0, False, False, details
+
+    def _answered(self, content: str) -> tuple[str, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Ends the episode with this answer, unless the user has more to say."""
+        later = None if self._example is None else self.task.next_user(self._example, self._own_turns())
+        if later is None:
+            return self._end(StopReason.ANSWER, content)
+        if time.monotonic() >= self._deadline:
+            return self._end(StopReason.TIME, None)
+        if self._turns >= self.limits.max_turns:
+            return self._end(StopReason.MAX_TURNS, None)
+        self._messages.append(later)
+        return later["content"], 0.0, False, False, {"messages": [later], "calls": []}
+
+    def _own_turns(self) -> list[Message]:
+        opening = 0 if self._example is None else len(self._example.messages)
+        return [message for message in self._messages[opening:] if message["role"] != "tool"]
 
     def truncate(self, reason: StopReason) -> Grade:
         """Ends the episode from outside, because a budget that only the caller knows (tokens) ran out."""
@@ -204,9 +220,8 @@ class ToolEnv(gymnasium.Env[str, str]):
         if self._example is None:
             raise RuntimeError("call reset() before the episode can end")
         self._done = True
-        own = [message for message in self._messages if message["role"] == "assistant"]
         self.toolbox.reset()
-        grade = self.task.grade(self._example, answer, own)
+        grade = self.task.grade(self._example, answer, self._own_turns())
         if not reason.terminated:
             grade = replace(grade, correct=False, reason=grade.reason or f"the episode was cut: {reason}")
         info = {"messages": [], "calls": [], **(details or {})}

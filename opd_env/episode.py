@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from opd_env.env import PlayedCall
-from opd_env.formats import ChatFormat, ParsedTurn
-from opd_env.messages import Message, tool_message
+from opd_env.formats import ChatFormat, ParsedTurn, Rendered
+from opd_env.messages import Message, tool_message, user
 from opd_env.tasks import Example, Grade
 from opd_env.trajectory import SAMPLED_KINDS, CallRecord, StopReason, TokenKind, Trajectory, TurnRecord
 
@@ -65,10 +65,16 @@ class EpisodeRecorder:
         self._turns[-1] = replace(turn, calls=records, tool_seconds=seconds)
 
     def answered(self, replies: Sequence[Message], max_tokens: int) -> bool:
-        """Adds tool results and the next generation prompt, if a further token then fits into ``max_tokens``."""
-        rendered = self._chat.tool_results(replies)
+        """Adds the tool results, or what the user says next, and the generation prompt.
+
+        Returns:
+            Whether a further token then fits into ``max_tokens``; nothing is added otherwise.
+        """
+        spoken = replies[0]["content"] if replies[0]["role"] == "user" else None
+        rendered = self._render(replies)
         if len(self.ids) + len(rendered.ids) >= max_tokens:
             return False
+        self._turns[-1] = replace(self._turns[-1], user=spoken)
         self._extend(rendered.ids, rendered.kinds, [0.0] * len(rendered.ids), len(self._turns))
         return True
 
@@ -110,8 +116,13 @@ class EpisodeRecorder:
             ids += self.ids[turn.start : turn.stop]
             if number < len(self._turns):
                 replies = [tool_message(call.name or "tool_call", call.output) for call in turn.calls]
-                ids += self._chat.render_tool_results(replies)
+                ids += self._render(replies if turn.user is None else [user(turn.user)]).ids
         return ids
+
+    def _render(self, replies: Sequence[Message]) -> Rendered:
+        if replies[0]["role"] == "user":
+            return self._chat.user_message(replies[0])
+        return self._chat.tool_results(replies)
 
     def _extend(self, ids: Sequence[int], kinds: Sequence[int], logprobs: Sequence[float], turn: int) -> None:
         if not len(ids) == len(kinds) == len(logprobs):

@@ -3,7 +3,7 @@
 After every turn of the student, first match wins:
 
 1. the turn itself was cut → ``turn_length`` or ``episode_length``; none of its calls is run
-2. no call in the turn → ``answer``
+2. no call in the turn → ``answer``, unless the task's user speaks again: then 3 and 8 are looked at
 3. ``max_seconds`` is over → ``time``; the calls are not run
 4. the calls are run in order; those beyond ``max_tool_calls`` are answered with a budget error
 5. a tool that ends the episode answered → ``stop_tool``

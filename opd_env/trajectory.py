@@ -26,7 +26,8 @@ class TokenKind(IntEnum):
     PROMPT = 0
     """The opening messages and tool schemas, up to the first generation prompt."""
     SCAFFOLD = 1
-    """Chat markup that the kit appends between turns: separators, role headers, generation prompts."""
+    """What the kit appends between turns: separators, role headers, generation prompts, and what the user says after
+    the opening messages."""
     TEXT = 2
     """Sampled text outside calls and thinking, end-of-turn token included."""
     THINKING = 3
@@ -98,6 +99,8 @@ class TurnRecord:
     calls: tuple[CallRecord, ...] = ()
     generate_seconds: float = 0.0
     tool_seconds: float = 0.0
+    user: str | None = None
+    """What the user said next, where the user spoke again."""
 
 
 @dataclass(frozen=True, eq=False)

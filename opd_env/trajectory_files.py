@@ -156,6 +156,7 @@ def arrow_schema() -> pa.Schema:
     turn = {
         "start": pa.int64(), "stop": pa.int64(), "text": pa.string(), "truncated": pa.bool_(),
         "calls": pa.list_(pa.struct(call)), "generate_seconds": pa.float64(), "tool_seconds": pa.float64(),
+        "user": pa.string(),
     }  # fmt: skip
     return pa.schema(
         {

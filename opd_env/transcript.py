@@ -54,7 +54,7 @@ class Block:
     """What one side said in one turn."""
 
     role: str
-    """``prompt``, ``student`` or ``tools``."""
+    """``prompt``, ``student``, ``tools`` or ``user``."""
     turn: int
     pieces: tuple[Piece, ...]
     errors: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ def transcript(
             pieces = tuple(_context(trajectory, start, stop, decode))
             if pieces[0].text.startswith("\n"):  # as a line break it would look like an empty line of the student
                 pieces = (replace(pieces[0], text="↵" + pieces[0].text[1:]), *pieces[1:])
-        role = "prompt" if turn == 0 else "student" if sampled else "tools"
+        role = "prompt" if turn == 0 else "student" if sampled else _answers(trajectory.turns[turn - 1])
         errors = _errors(trajectory.turns[turn - 1]) if role == "tools" else ()
         blocks.append(Block(role, turn, pieces, errors))
     return blocks
@@ -137,6 +137,8 @@ def _records(turn: TurnRecord, number: int) -> Iterator[Block]:
     if turn.calls:
         outputs = tuple(Piece("tool_output", visible(shorten(call.output)) + "\n") for call in turn.calls)
         yield Block("tools", number, outputs, _errors(turn))
+    if turn.user is not None:
+        yield Block("user", number, (Piece("scaffold", visible(shorten(turn.user))),))
 
 
 def _spans(text: str) -> Iterator[Piece]:
@@ -150,6 +152,10 @@ def _spans(text: str) -> Iterator[Piece]:
         position = span.stop
     if position < len(text):
         yield Piece("text", visible(shorten(text[position:])))
+
+
+def _answers(turn: TurnRecord) -> str:
+    return "tools" if turn.user is None else "user"
 
 
 def _errors(turn: TurnRecord) -> tuple[str, ...]:

@@ -110,9 +110,19 @@ class Task(ABC, Sequence[Example]):
         Args:
             example: the problem.
             answer: text of the final assistant turn; None when the episode ended without one.
-            turns: the student's own messages of the episode. Tool output is not among them: a grader
-                that could read it would credit a number that the student never wrote.
+            turns: the student's own messages of the episode, and where the user spoke again (``next_user``)
+                those messages between them. Tool output is not among them: a grader that could read it would
+                credit a number that the student never wrote.
         """
+
+    def next_user(self, example: Example, turns: Sequence[Message]) -> Message | None:
+        """What the user says after a turn without a call; None ends the episode, which is what most tasks do.
+
+        Args:
+            example: the problem.
+            turns: as for ``grade``, up to now. How often the user spoke again is the number of user messages.
+        """
+        return None
 
     def expert(self, example: Example) -> list[Message] | None:
         """The rest of a correct conversation: assistant turns with tool calls, the tool results that they

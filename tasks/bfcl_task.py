@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from opd_env.messages import Message, calls_of
 from opd_env.tasks.base import Example, Grade, Task
 from opd_env.tasks.bfcl import CATEGORIES, match_calls
+from opd_env.tasks.bfcl_backends import data_folder
 from opd_env.tasks.registry import unknown
 from opd_env.tasks.rows import read_jsonl
 from opd_env.tools import Tool, ToolError, ToolErrorKind
@@ -73,7 +73,7 @@ class BFCL(Task):
         if category not in CATEGORIES:
             raise ValueError(unknown("category", category, CATEGORIES))
         self.category = category
-        folder = Path(path).expanduser() if path is not None else _installed_data()
+        folder = Path(path).expanduser() if path is not None else data_folder()
         file = f"BFCL_v4_{category}.json"
         self._rows = read_jsonl(folder / file, ROW, _check_row)
         self._gold: dict[str, list[Any]] = {}
@@ -148,13 +148,3 @@ def _accept(**arguments: Any) -> str:
 def _check_row(row: Mapping[str, Any]) -> None:
     if len(row["question"]) != 1:
         raise ValueError(f"{len(row['question'])} turns in 'question', expected one")
-
-
-def _installed_data() -> Path:
-    package = find_spec("bfcl_eval")
-    if package is None or not package.submodule_search_locations:
-        raise FileNotFoundError(
-            "no folder with BFCL data: give path=, or install the package that holds it without what it asks for: "
-            "pip install --no-deps bfcl-eval"
-        )
-    return Path(package.submodule_search_locations[0]) / "data"

@@ -37,6 +37,7 @@ FactoryT = TypeVar("FactoryT", bound=TaskFactory)
 _BUILT_IN = {
     "arithmetic": "opd_env.tasks.arithmetic:Arithmetic",
     "bfcl": "opd_env.tasks.bfcl_task:BFCL",
+    "bfcl_multi_turn": "opd_env.tasks.bfcl_multi_turn:BFCLMultiTurn",
     "country_search": "opd_env.tasks.country_search:CountrySearch",
     "gsm8k": "opd_env.tasks.gsm8k:GSM8K",
     "math500": "opd_env.tasks.math500:Math500",

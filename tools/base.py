@@ -77,6 +77,7 @@ class ToolOptions(TypedDict, total=False):
     mutates_state: bool
     deterministic: bool
     ends_episode: bool
+    listed: bool
     isolation: Isolation | str
     sandbox: Callable[[], Sandbox] | None
 
@@ -128,6 +129,9 @@ class Tool:
     """The same arguments (and state) give the same answer."""
     ends_episode: bool = False
     """A successful call is the last thing that happens in an episode."""
+    listed: bool = True
+    """The opening messages describe it. One that is not listed can be called all the same, such as a tool that a
+    user brings up later in the episode."""
     isolation: Isolation | str = Isolation.THREAD
     """Where the code runs."""
     convert: Callable[[Mapping[str, Any]], dict[str, Any]] = dict

@@ -79,8 +79,8 @@ class Toolbox:
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
-        """Schemas of all tools, in order, as chat templates expect them."""
-        return [tool.schema for tool in self]
+        """Schemas of the listed tools, in order, as chat templates expect them."""
+        return [tool.schema for tool in self if tool.listed]
 
     def call(self, name: str, arguments: object) -> ToolResult:
         """Runs one call. Total: whatever the tool or the student does, there is a result.

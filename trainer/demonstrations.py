@@ -19,7 +19,7 @@ import numpy as np
 
 from opd_env.expert import play_expert
 from opd_env.formats import ChatFormat, ParsedTurn, Rendered
-from opd_env.messages import Message, assistant
+from opd_env.messages import Message
 from opd_env.tasks import Example, Task
 from opd_env.tools import Tool, Toolbox
 from opd_env.trainer.batch import prompt_length
@@ -82,22 +82,12 @@ class DemonstrationFormat(ChatFormat):
         following = [asked for asked, _ in chosen[1:]] + [question]
         for (_, played), asked in zip(chosen, following, strict=True):
             ids += played.token_ids[prompt_length(played) :].tolist()
-            ids += self._next_question(first, asked, tools)
+            ids += self._chat.user_message(asked).ids
         return ids
 
-    def _next_question(
-        self, opening: Sequence[Message], question: Message, tools: Sequence[Mapping[str, Any]]
-    ) -> list[int]:
-        """What the template writes after a finished turn when the user asks ``question``."""
-        answer = assistant("Yes.")
-        before = self._chat.render_prompt(opening, tools) + self._chat.render_assistant(answer)
-        after = self._chat.render_prompt([*opening, answer, question], tools)
-        if after[: len(before)] != before:
-            raise ValueError(
-                "the chat template rewrites earlier turns when the conversation grows, so demonstrations cannot stand "
-                "before the question; set teacher_demonstrations: 0"
-            )
-        return after[len(before) :]
+    def user_message(self, message: Message) -> Rendered:
+        """See ``ChatFormat``."""
+        return self._chat.user_message(message)
 
     def render_assistant(self, message: Message) -> list[int]:
         """See ``ChatFormat``."""

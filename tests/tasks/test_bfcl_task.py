@@ -127,7 +127,7 @@ def test_mistakes_are_named(folder):
 
 
 def test_without_a_folder_and_without_the_package_the_message_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("opd_env.tasks.bfcl_task.find_spec", lambda name: None)
+    monkeypatch.setattr("opd_env.tasks.bfcl_backends.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="give path=, or install"):
         BFCL()
 
