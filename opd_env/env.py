@@ -26,7 +26,8 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Text
 
-from opd_env.formats.parse import ParsedCall, ParsedTurn, parse_hermes
+from opd_env.formats.hermes import parse_hermes
+from opd_env.formats.parse import ParsedCall, ParsedTurn
 from opd_env.limits import RolloutLimits
 from opd_env.messages import Message, ToolCall, assistant, tool_message
 from opd_env.tasks import Example, Grade, Task, load_task

@@ -22,7 +22,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_env.formats.parse import parse_hermes
+from opd_env.formats.hermes import parse_hermes
 from opd_env.trajectory import TokenKind, Trajectory, TurnRecord
 
 Decode = Callable[[list[int]], str]

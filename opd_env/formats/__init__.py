@@ -10,38 +10,86 @@ Worked example::
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from opd_env.formats.base import ChatFormat, Rendered
-from opd_env.formats.hermes import HermesFormat
-from opd_env.formats.parse import ParsedCall, ParsedTurn, Span, parse_hermes
+from opd_env.formats.chat_template import CALL, ChatTemplate
+from opd_env.formats.hermes import HermesFormat, parse_hermes
+from opd_env.formats.llama import LlamaFormat, parse_llama
+from opd_env.formats.mistral import MistralFormat, parse_mistral
+from opd_env.formats.parse import ParsedCall, ParsedTurn, Span
+from opd_env.formats.pythonic import PythonicFormat, parse_pythonic
+from opd_env.formats.template import TemplateFormat
+from opd_env.formats.tool_code import ToolCodeFormat, parse_tool_code
 
 __all__ = [
+    "FORMATS",
     "ChatFormat",
     "HermesFormat",
+    "LlamaFormat",
+    "MistralFormat",
     "ParsedCall",
     "ParsedTurn",
+    "PythonicFormat",
     "Rendered",
     "Span",
+    "TemplateFormat",
+    "ToolCodeFormat",
     "get_format",
     "parse_hermes",
+    "parse_llama",
+    "parse_mistral",
+    "parse_pythonic",
+    "parse_tool_code",
 ]
 
+FORMATS: dict[str, type[TemplateFormat]] = {
+    family.name: family for family in (HermesFormat, MistralFormat, LlamaFormat, PythonicFormat, ToolCodeFormat)
+}
+"""Every format by its name, in the order in which they are tried."""
 
-def get_format(tokenizer: Any) -> ChatFormat:
+_OF_TOKENS = {"<|im_start|>": "hermes", "<start_of_turn>": "tool_code"}
+
+
+def get_format(tokenizer: Any, name: str | None = None, *, repair: bool = False) -> ChatFormat:
     """The chat format of a tokenizer.
+
+    A template that describes tools is asked to write a call, and the first format that reads it is taken. For one
+    that does not, its markup decides: ChatML gets the tools section of Hermes, Gemma the one of ``tool_code``.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
+        name: a key of ``FORMATS``, to choose another than that.
+        repair: put small faults of calls right when they are read, see ``opd_env.formats.repairs``. Each is listed
+            in its ``ParsedCall``; by default nothing is repaired.
 
     Raises:
         ValueError: no known format fits; the message says why and what to do.
     """
-    template = tokenizer.chat_template or ""
-    if "<|im_start|>" in template:
-        return HermesFormat(tokenizer)
-    found = "has no chat template" if not template else "has a chat template that is not ChatML"
+    if name is None:
+        name = _name_for(ChatTemplate(tokenizer), str(tokenizer.chat_template))
+    if name not in FORMATS:
+        close = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"there is no chat format {name!r}, only {', '.join(FORMATS)}.{hint}")
+    return FORMATS[name](tokenizer, repair)
+
+
+def _name_for(template: ChatTemplate, source: str) -> str:
+    if template.knows_tools:
+        for name, family in FORMATS.items():
+            calls = family.parser(template.call_turn, template.opens_thinking, False).calls
+            if [(call.name, call.arguments) for call in calls] == [(CALL.name, CALL.arguments)]:
+                return name
+        found = f"writes a call as {template.call_turn!r}, which no format reads"
+    else:
+        for token, name in _OF_TOKENS.items():
+            if token in source:
+                return name
+        found = f"describes no tools and has no markup of {', '.join(_OF_TOKENS)}"
     raise ValueError(
-        f"no chat format for {tokenizer.name_or_path!r}: it {found}. Supported: ChatML with Hermes tool calls "
-        "(Qwen, Hermes, SmolLM2). Another family needs a subclass of opd_env.formats.ChatFormat"
+        f"no chat format for {template.name}: its chat template {found}. Choose one with get_format(tokenizer, name), "
+        f"of {', '.join(FORMATS)}, or write a subclass of opd_env.formats.TemplateFormat (parser and write) and add it "
+        "to opd_env.formats.FORMATS"
     )

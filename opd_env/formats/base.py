@@ -35,6 +35,8 @@ class ChatFormat(ABC):
     """Any of these ends a turn. The first is the one that the format itself writes."""
     vocab_size: int
     """Number of ids of the tokenizer; a model's head may be padded beyond it."""
+    not_append_only: tuple[str, ...] = ()
+    """Cases in which the chat template rewrites earlier tokens when a conversation grows; empty when it never does."""
 
     @abstractmethod
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:

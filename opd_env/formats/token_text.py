@@ -4,15 +4,20 @@
 itself: a web page that contains ``<|im_end|>`` stays text. ``TokenText.decode`` gives the text of any token
 sequence, and for any character range the tokens that cover it.
 
-Test it alone: ``pytest tests/core/test_formats.py``
+Two kinds of tokenizers are supported, told apart by how they spell bytes: byte-level BPE (GPT-2, Llama 3, Qwen,
+SmolLM, Mistral since 2024) and SentencePiece with byte fallback (Gemma, Llama 2, older Mistral). The second kind may
+put a space before a text; here that is done only where a whole encode of the conversation would do it.
+
+Test it alone: ``pytest tests/core/test_formats_token_text.py``
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,11 +60,21 @@ class Decoded:
         return Span(first, last + 1)
 
 
+class _Prefix(StrEnum):
+    """Where a tokenizer puts a space before text."""
+
+    NEVER = "never"
+    FIRST = "first"
+    """At the start of a text."""
+    ALWAYS = "always"
+    """There, and after every special token."""
+
+
 class TokenText:
-    """Encodes and decodes with one byte-level tokenizer.
+    """Encodes and decodes with one tokenizer.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer with byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM families).
+        tokenizer: a fast Hugging Face tokenizer, byte-level BPE or SentencePiece with byte fallback.
 
     Raises:
         ValueError: the tokenizer is of another kind.
@@ -67,16 +82,22 @@ class TokenText:
 
     def __init__(self, tokenizer: Any) -> None:
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        if (spec.get("decoder") or {}).get("type") != "ByteLevel":
-            kind = (spec.get("decoder") or {}).get("type")
+        kinds = [step["type"] for step in _steps(spec["decoder"])]
+        if "ByteLevel" in kinds:
+            self._spelling = _spelled_byte_level
+        elif "ByteFallback" in kinds:
+            self._spelling = _spelled_byte_fallback
+        else:
             raise ValueError(
-                f"the tokenizer {tokenizer.name_or_path!r} decodes with {kind!r}; only byte-level BPE tokenizers are "
-                "supported so far (GPT-2, Llama 3, Qwen and SmolLM families)"
+                f"the tokenizer {tokenizer.name_or_path!r} decodes with {kinds}; supported are byte-level BPE (GPT-2, "
+                "Llama 3, Qwen, SmolLM families) and SentencePiece with byte fallback (Gemma, Llama 2, Mistral)"
             )
         self._special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        spec["added_tokens"], spec["post_processor"] = [], None
+        # Gemma has runs of line ends as added tokens. They are text, wherever they come from.
+        self._space_pattern = _any_of(token for token in self._special if not token.strip())
+        self._markup_pattern = _any_of(token for token in self._special if token.strip())
+        self._prefix, self._prefix_once = _take_prefix(spec)
+        spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._plain = Tokenizer.from_str(json.dumps(spec))
         self._bytes: dict[int, bytes] = {index: text.encode() for text, index in self._special.items()}
 
@@ -86,36 +107,67 @@ class TokenText:
 
     def holds_special(self, text: str) -> bool:
         """Whether the text would be read as special tokens by an ordinary encode."""
-        return self._special_pattern.search(text) is not None
+        return self._markup_pattern.search(text) is not None
 
-    def encode(self, pieces: Sequence[Piece]) -> Encoded:
-        """Encodes the pieces as one text: tokens may span pieces, as they would in a chat template's output."""
+    def encode(self, pieces: Sequence[Piece], after: str = "") -> Encoded:
+        """Encodes the pieces as one text: tokens may span pieces, as they would in a chat template's output.
+
+        Args:
+            pieces: the text.
+            after: what precedes it in the conversation (its last special token and what follows is enough); empty
+                when nothing does.
+        """
         encoded = Encoded([], [])
         stretch = ""  # text between special tokens
         untrusted: list[bool] = []  # for every character of it
+        first = not after
+        fresh = first or self._ends_special(after)  # no text stands directly before
 
         def flush() -> None:
             nonlocal stretch
-            encoding = self._plain.encode(stretch, add_special_tokens=False)
-            encoded.ids.extend(encoding.ids)
-            encoded.untrusted.extend(any(untrusted[start:stop]) for start, stop in encoding.offsets)
+            position = 0
+            for match in self._space_pattern.finditer(stretch):
+                add(position, match.start())
+                add_special(match.group(), any(untrusted[match.start() : match.end()]))
+                position = match.end()
+            add(position, len(stretch))
             stretch = ""
             untrusted.clear()
 
+        def add(start: int, stop: int) -> None:
+            nonlocal first, fresh
+            if start == stop:
+                return
+            text, flags = stretch[start:stop], untrusted[start:stop]
+            prefix = fresh and (self._prefix is _Prefix.ALWAYS or (self._prefix is _Prefix.FIRST and first))
+            if prefix and not (self._prefix_once and text[0] in " \u2581"):
+                text, flags = f" {text}", [False, *flags]
+            encoding = self._plain.encode(text, add_special_tokens=False)
+            encoded.ids.extend(encoding.ids)
+            encoded.untrusted.extend(any(flags[begin:end]) for begin, end in encoding.offsets)
+            first = fresh = False
+
+        def add_special(text: str, foreign: bool) -> None:
+            nonlocal first, fresh
+            encoded.ids.append(self._special[text])
+            encoded.untrusted.append(foreign)
+            first, fresh = False, True
+
         for text, trusted in pieces:
             position = 0
-            if trusted:
-                for match in self._special_pattern.finditer(text):
-                    stretch += text[position : match.start()]
-                    untrusted += [False] * (match.start() - position)
-                    flush()
-                    encoded.ids.append(self._special[match.group()])
-                    encoded.untrusted.append(False)
-                    position = match.end()
+            for match in self._markup_pattern.finditer(text) if trusted else ():
+                stretch += text[position : match.start()]
+                untrusted += [False] * (match.start() - position)
+                flush()
+                add_special(match.group(), False)
+                position = match.end()
             stretch += text[position:]
             untrusted += [not trusted] * (len(text) - position)
         flush()
         return encoded
+
+    def _ends_special(self, text: str) -> bool:
+        return any(match.end() == len(text) for match in self._markup_pattern.finditer(text))
 
     def decode(self, ids: Sequence[int]) -> Decoded:
         """The text of any ids, special tokens written out; ids outside the vocabulary become U+FFFD."""
@@ -135,9 +187,56 @@ class TokenText:
     def _token_bytes(self, index: int) -> bytes:
         if index not in self._bytes:
             token = self._plain.id_to_token(index) if 0 <= index < 1 << 31 else None
-            known = token is not None and all(char in _BYTE_OF_CHAR for char in token)
-            self._bytes[index] = bytes(_BYTE_OF_CHAR[char] for char in token or "") if known else b"\xff"
+            spelled = None if token is None else self._spelling(token)
+            self._bytes[index] = b"\xff" if spelled is None else spelled
         return self._bytes[index]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest first; nothing when there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _steps(component: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a part of a tokenizer, sequences unfolded."""
+    if component is None:
+        return []
+    inner = next((value for value in component.values() if isinstance(value, list)), None)
+    if component["type"] != "Sequence" or inner is None:
+        return [component]
+    return [step for one in inner for step in _steps(one)]
+
+
+def _take_prefix(spec: dict[str, Any]) -> tuple[_Prefix, bool]:
+    """Takes the rule for spaces before text out of a tokenizer's specification.
+
+    Returns:
+        The rule, and whether a text that begins with a space gets no other.
+    """
+    if any(step["type"] == "Prepend" for step in _steps(spec["normalizer"])):
+        others = [step for step in _steps(spec["normalizer"]) if step["type"] != "Prepend"]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": others}
+        return _Prefix.ALWAYS, False
+    for step in _steps(spec["pre_tokenizer"]):
+        if step["type"] == "Metaspace":
+            scheme, step["prepend_scheme"] = step.get("prepend_scheme", "always"), "never"
+            return _Prefix(scheme), True
+        if step["type"] == "ByteLevel" and step["add_prefix_space"]:
+            step["add_prefix_space"] = False
+            return _Prefix.ALWAYS, True
+    return _Prefix.NEVER, False
+
+
+def _spelled_byte_level(token: str) -> bytes | None:
+    return bytes(map(_BYTE_OF_CHAR.__getitem__, token)) if all(char in _BYTE_OF_CHAR for char in token) else None
+
+
+def _spelled_byte_fallback(token: str) -> bytes | None:
+    byte = _FALLBACK_BYTE.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+
+_FALLBACK_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _byte_of_char() -> dict[str, int]:

@@ -127,10 +127,15 @@ def test_any_bytes_survive_encode_and_decode(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.replace("\\n</tool_response>", "</tool_response>"), "does not continue"),
-        (lambda t: t.replace("endfor %}{{ '<|im_end|>\\n", "endfor %}{{ '<|im_end|>"), "does not continue"),
+        (lambda t: t.replace("message.content + '\\n</tool_r", "loop.length ~ '\\n</tool_r"), "rewrites tool results"),
+        (lambda t: t.replace("loop.last or messages[loop.index0 + 1].role != 'tool'", "loop.last"), "not continue"),
+        (lambda t: t.replace("'<|im_start|>user\\n' +", "'<|im_start|>' ~ loop.length +"), "rewrites the prompt"),
+        (lambda t: t.replace("'<|im_end|>\\n' }}", "'.' }}"), "no end-of-turn token"),
+        (lambda t: t.replace('{"name": "', '{"tool": "'), "no format reads"),
         (lambda t: "", "no chat template"),
-        (lambda t: "{{ messages }}", "not ChatML"),
+        (lambda t: "{{ messages }}", "rewrites the prompt"),
+        (lambda t: "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}", "get_format.tokenizer, name"),
+        (lambda t: "{{ raise_exception('no') }}", "refuses a conversation of system user: no"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_would_drift_is_refused(change: Callable[[str], str], message: str) -> None:
@@ -138,6 +143,26 @@ def test_a_tokenizer_that_would_drift_is_refused(change: Callable[[str], str], m
     assert changed != TEMPLATE
     with pytest.raises(ValueError, match=message):
         get_format(tiny_tokenizer(template=changed))
+
+
+def test_a_format_can_be_chosen_by_name() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    plain = tiny_tokenizer(template=template)
+    assert get_format(plain, "hermes").name == "hermes"
+    with pytest.raises(ValueError, match="Did you mean 'hermes'"):
+        get_format(plain, "hermess")
+    with pytest.raises(ValueError, match="describes no tools"):
+        get_format(plain, "llama")
+    with pytest.raises(ValueError, match="writes calls that the llama format cannot read"):
+        get_format(tiny_tokenizer(), "llama")
+
+
+def test_a_turn_with_calls_is_answered_by_something() -> None:
+    with pytest.raises(ValueError, match="at least one tool message"):
+        FORMATS["tags are tokens"].tool_results([])
 
 
 def test_formats_are_chat_formats() -> None:

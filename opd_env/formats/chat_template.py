@@ -1,0 +1,212 @@
+"""What a tokenizer's chat template writes, found out by rendering conversations with marks in place of texts.
+
+Worked example, with the template of Qwen 2.5::
+
+    template = ChatTemplate(tokenizer)
+    template.end                            # '<|im_end|>'
+    template.call_turn                      # '<tool_call>\\n{"name": "calculator", …}\\n</tool_call>'
+    template.scaffold().before              # ('\\n<|im_start|>user\\n<tool_response>\\n',)
+    template.scaffold().after               # ('\\n</tool_response><|im_end|>\\n<|im_start|>assistant\\n',)
+
+Test it alone: ``pytest tests/core/test_formats_families.py``
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from opd_env.messages import Message, ToolCall, assistant, system, tool_message, user
+
+CALL_ID = "call{:05d}"
+"""How calls are named, counted from 1 in each turn. Mistral wants nine letters or digits."""
+OPENING: list[Message] = [system("Be brief."), user("What is 6 * 7?")]
+CALL = ToolCall("calculator", {"expression": "6 * 7"})
+SCHEMA: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Computes.",
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string", "description": "What to compute."}},
+            "required": ["expression"],
+        },
+    },
+}
+_TEXT = "\ue000text\ue001"  # private-use characters, which no template writes
+_THINK_OPENING = re.compile(r"<think>\s*\Z")
+_THINK_BLOCK = re.compile(r"<think>(?:(?!<think>).)*?</think>\s*", re.DOTALL)
+
+
+class Slot(NamedTuple):
+    """A place in the scaffold that depends on a tool message."""
+
+    field: str
+    """``name`` or ``id``."""
+    offset: int
+    """0: of the result that follows, -1: of the one before."""
+
+
+Part = str | Slot
+
+
+@dataclass(frozen=True)
+class Scaffold:
+    """What stands around tool results: ``before`` result (``between`` result)* ``after``."""
+
+    before: tuple[Part, ...]
+    between: tuple[Part, ...]
+    after: tuple[Part, ...]
+    """With the next generation prompt."""
+    quote: Callable[[str], str]
+    """What the template makes of a result: the text itself, or the text stripped, or as a JSON string."""
+
+
+class ChatTemplate:
+    """Reads one tokenizer's template.
+
+    Raises:
+        ValueError: there is none, or it cannot be followed; the message says what it writes.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.name = f"{tokenizer.name_or_path!r}"
+        if not tokenizer.chat_template:
+            raise ValueError(f"the tokenizer {self.name} has no chat template")
+        self.knows_tools = CALL.name in self.render(OPENING, [SCHEMA])
+        """Whether it describes the tools itself."""
+        self.tools = [SCHEMA] if self.knows_tools else []
+        """The sample's tools, as this template can take them."""
+        self.prompt = self.render(OPENING, self.tools)
+        """The sample's prompt."""
+        self.thinks = "<think>" in str(tokenizer.chat_template) and not self.prompt.rstrip().endswith("</think>")
+        """The model may think; not when the generation prompt closes a thinking block."""
+        self.opens_thinking = _THINK_OPENING.search(self.prompt) is not None
+        """The generation prompt opens a thinking block, so that sampled turns begin inside it."""
+        turn = self.turn_of(self.render([*OPENING, assistant(_TEXT)], self.tools, prompt=False))
+        lead, found, rest = turn.partition(_TEXT)
+        special = re.match("|".join(map(re.escape, self._special_tokens())), rest) if found else None
+        if not special:
+            raise ValueError(f"the chat template of {self.name} writes no end-of-turn token: {turn!r} for a turn")
+        self.end = special.group()
+        """Text of the end-of-turn token."""
+        self.lead = "\n</think>\n\n" if self.opens_thinking else "" if lead.strip() else lead
+        """What stands before a turn without thinking: a space (Mistral), or the end of an opened thinking block."""
+        self.call_turn = self._call_turn() if self.knows_tools else ""
+        """How the template writes a turn with one call, without the end-of-turn token."""
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), prompt: bool = True) -> str:
+        """The template's text. Calls and results of each turn get identifiers.
+
+        Raises:
+            ValueError: the template refuses the conversation.
+        """
+        from jinja2 import TemplateError  # here, because importing the kit must stay light
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                _with_ids(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+            )
+        except (TemplateError, TypeError) as error:
+            roles = " ".join(message["role"] for message in messages)
+            raise ValueError(f"the chat template of {self.name} refuses a conversation of {roles}: {error}") from error
+        return str(text)
+
+    def turn_of(self, rendered: str) -> str:
+        """What a rendered conversation that begins with the sample's prompt writes after it.
+
+        A template may leave out a thinking block which the generation prompt opens.
+        """
+        for prompt in (self.prompt, without_thinking(_THINK_OPENING.sub("", self.prompt))):
+            if rendered.startswith(prompt):
+                return rendered[len(prompt) :]
+        raise ValueError(
+            f"the chat template of {self.name} rewrites the prompt when a turn follows: {self.prompt[-80:]!r} became "
+            f"{rendered[max(0, len(self.prompt) - 80) : len(self.prompt) + 20]!r}"
+        )
+
+    def scaffold(self, block: tuple[str, str] = ("", "")) -> Scaffold:
+        """What stands around tool results.
+
+        Args:
+            block: what encloses a result in a user message, for a template that knows no tools.
+        """
+        if not self.knows_tools:
+            answered = self.render([*OPENING, assistant(_TEXT), user(_TEXT)])
+            _, _, rest = self.turn_of(answered).partition(_TEXT + self.end)
+            before, found, after = rest.partition(_TEXT)
+            if not found:
+                raise ValueError(f"the chat template of {self.name} does not follow a turn by a user message")
+            return Scaffold((before + block[0],), (f"{block[1]}\n{block[0]}",), (block[1] + after,), str)
+        raw = [_result(1), _result(2)]
+        rest = self._rest(raw)
+        quotes = (str, _as_json, str.strip)
+        quote = next((quote for quote in quotes if quote(raw[0]["content"]) in rest), None)
+        if quote is None:
+            raise ValueError(f"the chat template of {self.name} rewrites tool results: {rest!r}")
+        first, second = (quote(message["content"]) for message in raw)
+        before, _, others = rest.partition(first)
+        between, found, after = others.partition(second)
+        if not found:
+            raise ValueError(f"the chat template of {self.name} leaves out a tool result: {rest!r}")
+        return Scaffold(_parts(before, 1), _parts(between, 2), _parts(after, 3), quote)
+
+    def _rest(self, results: Sequence[Message]) -> str:
+        """What follows the end-of-turn token of a turn with a call."""
+        rendered = self.render([*OPENING, assistant("", [CALL]), *results], self.tools)
+        return self.turn_of(rendered).partition(self.end)[2]
+
+    def _call_turn(self) -> str:
+        rendered = self.turn_of(self.render([*OPENING, assistant("", [CALL]), _result(1)], self.tools))
+        return rendered.partition(self.end)[0]
+
+    def _special_tokens(self) -> list[str]:
+        contents = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        return sorted(contents, key=len, reverse=True)
+
+
+def without_thinking(text: str) -> str:
+    """The text without thinking blocks and the space that follows them."""
+    return _THINK_BLOCK.sub("", text)
+
+
+def _with_ids(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    numbered: list[dict[str, Any]] = []
+    results = 0
+    for message in messages:
+        copy: dict[str, Any] = dict(message)
+        results = results + 1 if message["role"] == "tool" else 0
+        if results:
+            copy["tool_call_id"] = CALL_ID.format(results)
+        if "tool_calls" in message:
+            copy["tool_calls"] = [
+                {**call, "id": CALL_ID.format(number)} for number, call in enumerate(message["tool_calls"], start=1)
+            ]
+        numbered.append(copy)
+    return numbered
+
+
+def _result(number: int) -> Message:
+    """A tool message with marks; its content tells what the template does to quotes and to space around."""
+    return tool_message(f"\ue000name{number}\ue001", f' \ue000content{number}\ue001"\n')
+
+
+def _as_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _parts(text: str, next_number: int) -> tuple[Part, ...]:
+    """The text with slots for names and identifiers; ``next_number`` is that of the result which follows."""
+    parts: list[Part] = []
+    for piece in re.split(r"(\ue000name\d\ue001|call\d{5})", text):
+        if match := re.fullmatch(r"\ue000name(\d)\ue001|call(\d{5})", piece):
+            number = int(match[1] or match[2])
+            parts.append(Slot("name" if match[1] else "id", number - next_number))
+        elif piece:
+            parts.append(piece)
+    return tuple(parts)

@@ -1,0 +1,197 @@
+"""JSON as calls hold it: strict, total, in linear time, with the place where a value ends.
+
+Worked example::
+
+    decode_json('x = {"a": 1} …', 4)                            # ({'a': 1}, 12)
+    decode_json('{"a": NaN}', 0)                                # JSONProblem: NaN is not JSON
+    check_call({"name": "f", "arguments": {}}, Span(0, 31), raw, "write …")     # ParsedCall(name='f', …)
+
+Test it alone: ``pytest tests/core/test_parse.py``
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from opd_env.formats.parse import ParsedCall, Span
+from opd_env.formats.repairs import repair_json, repair_name
+from opd_env.tools import ToolErrorKind
+
+
+class JSONProblem(Exception):
+    """Why a text is not a JSON value that can be passed on."""
+
+    def __init__(self, reason: str, unfinished: bool = False) -> None:
+        super().__init__(reason)
+        self.unfinished = unfinished
+        """The text ends inside the value."""
+
+
+def skip_space(text: str, start: int) -> int:
+    """The first place from ``start`` on that holds no JSON white space."""
+    while start < len(text) and text[start] in " \t\r\n":
+        start += 1
+    return start
+
+
+def decode_json(text: str, start: int) -> tuple[Any, int]:
+    """Decodes the JSON value at ``start``: its value and its end.
+
+    ``json`` counts the lines before every error, from the start of its input. It is given a window of the text,
+    so that a turn of many broken blocks is still read in linear time.
+
+    Raises:
+        JSONProblem: there is no such value.
+    """
+    window = text[start : start + 4096]
+    try:
+        try:
+            value, length = _DECODER.raw_decode(window)
+        except json.JSONDecodeError as error:
+            cut = error.pos >= len(window) - 8 or error.msg.startswith("Unterminated string")
+            if len(window) < 4096 or not cut:
+                raise
+            value, length = _DECODER.raw_decode(text[start:])
+    except json.JSONDecodeError as error:
+        unfinished = error.msg.startswith("Unterminated string") or skip_space(text, start + error.pos) == len(text)
+        raise JSONProblem(f"{error.msg} at character {error.pos + 1}", unfinished) from None
+    except ValueError as error:
+        raise JSONProblem(str(error)) from None
+    except RecursionError:
+        raise JSONProblem("it is nested too deeply") from None
+    return value, start + length
+
+
+def check_call(
+    value: object, span: Span, raw: str, example: str, keys: tuple[str, ...] = ("arguments",), repair: bool = False
+) -> ParsedCall:
+    """A call from a decoded value.
+
+    Args:
+        value: any JSON value.
+        span, raw: of the call's block.
+        example: how to write a call, for error messages.
+        keys: what the arguments may be named; the first is the name in messages.
+        repair: whether a dotted name and arguments given as a JSON string are put right.
+    """
+
+    def wrong(message: str) -> ParsedCall:
+        return ParsedCall(span, raw, error=ToolErrorKind.NOT_AN_OBJECT, message=f"{message}; {example}")
+
+    repairs: list[str] = []
+    if not isinstance(value, dict):
+        return wrong(f"the call is a JSON {_json_type(value)}, not an object")
+    name = value.get("name")
+    arguments: object = next((value[key] for key in keys if key in value), {})
+    if not isinstance(name, str):
+        return wrong('"name" is missing' if name is None else f'"name" is a JSON {_json_type(name)}, not a string')
+    if repair:
+        name = repair_name(name, repairs)
+        if isinstance(arguments, str):
+            arguments = read_or_repair(arguments, repairs, arguments)
+            repairs.append("arguments as a string")
+    if not isinstance(arguments, dict):
+        return wrong(f'"{keys[0]}" is a JSON {_json_type(arguments)}, not an object')
+    return ParsedCall(span, raw, name, arguments, repairs=tuple(repairs))
+
+
+def read_or_repair(text: str, repairs: list[str], default: Any = None) -> Any:
+    """The JSON value that is the whole of ``text``, repaired if need be; repairs made are added to ``repairs``."""
+    try:
+        return decode_whole(text)
+    except JSONProblem:
+        pass
+    for repaired, names in repair_json(text):
+        try:
+            value = decode_whole(repaired)
+        except JSONProblem:
+            continue
+        repairs += names
+        return value
+    return default
+
+
+def repaired_call(raw: str, span: Span, example: str, keys: tuple[str, ...] = ("arguments",)) -> ParsedCall | None:
+    """A call from a block that is not JSON as it stands; None when no repair makes it a call."""
+    repairs: list[str] = []
+    value = read_or_repair(raw, repairs)
+    call = check_call(value, span, raw, example, keys, repair=True)
+    return None if call.error else replace(call, repairs=(*repairs, *call.repairs))
+
+
+def decode_whole(text: str) -> Any:
+    """The JSON value that is the whole of ``text`` but for white space.
+
+    Raises:
+        JSONProblem: it is not one value.
+    """
+    value, end = decode_json(text, skip_space(text, 0))
+    if skip_space(text, end) < len(text):
+        raise JSONProblem("text follows the value")
+    return value
+
+
+def _json_type(value: object) -> str:
+    names = {
+        type(None): "null",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        str: "string",
+        list: "array",
+    }
+    return names.get(type(value), "object")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} stands twice")
+    return result
+
+
+def _clean_float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+class _Decoder(json.JSONDecoder):
+    """JSON as RFC 8259 has it, minus what cannot be passed on: NaN, infinities, duplicate keys, lone surrogates."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique_keys,
+            parse_float=_clean_float,
+            strict=False,
+        )
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        value, end = super().raw_decode(s, idx)
+        if _SURROGATE_ESCAPE.search(s, idx, end) and not is_unicode(value):
+            raise ValueError("it holds half of a surrogate pair")
+        return value, end
+
+
+def is_unicode(value: object) -> bool:
+    """Whether all text in a JSON value can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_DECODER = _Decoder()

@@ -1,0 +1,200 @@
+"""Calls as a Python list, ``[search(query="…"), add(a=1, b=2)]``: Llama 3.2, Llama 4, ToolACE, LFM2 and others.
+
+A turn that begins with ``[name(`` is a list of calls. Arguments are named and literal: strings, numbers, ``True``,
+``False``, ``None`` (or ``true``, ``false``, ``null``), lists and dicts of these. Nothing is ever evaluated.
+
+Worked example::
+
+    parse_pythonic('[add(a=1, b=[2, "x"])]').calls[0].arguments      # {'a': 1, 'b': [2, 'x']}
+
+Test it alone: ``pytest tests/core/test_parse.py``
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from opd_env.formats.json_calls import is_unicode
+from opd_env.formats.parse import ParsedCall, ParsedTurn, Span, read_turn
+from opd_env.formats.repairs import repair_name
+from opd_env.formats.template import TemplateFormat
+from opd_env.messages import ToolCall
+from opd_env.tools import ToolErrorKind
+
+_MARKS = re.compile(r"<think>|\[(?=\s*[^\W\d][\w.]*\s*\()")
+_TOKEN = re.compile(r"""[()\[\]{},\n]|```|'''|\"\"\"|["']""")
+_STRING_END = {quote: re.compile(rf"(?s:\\.|(?P<end>{quote}))") for quote in ("'", '"', "'''", '"""')}
+_DEEPEST = 64
+_EXAMPLE = 'write [name(argument="…")]'
+_NAMES = {"true": True, "false": False, "null": None}
+
+
+def parse_pythonic(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
+    """Takes a turn apart. Arguments as for ``parse_hermes``."""
+
+    def read(match: re.Match[str], blank: bool) -> Sequence[ParsedCall]:
+        if not blank:
+            return ()
+        return read_python_calls(text, match.start(), match.end(), end="]", repair=repair)
+
+    return read_turn(text, _MARKS, read, thinking=thinking)
+
+
+def read_python_calls(
+    text: str,
+    start: int,
+    body: int,
+    *,
+    end: str = "",
+    separator: str = ",",
+    example: str = _EXAMPLE,
+    repair: bool = False,
+) -> list[ParsedCall]:
+    """Reads calls from ``text[body]`` on; their spans divide the block that begins at ``start``.
+
+    Args:
+        end: what ends the block: ``]``, a fence, or nothing but the end of the text.
+        separator: what stands between calls: a comma or a line end.
+
+    Returns:
+        At least one call; the last one's span ends with the block.
+    """
+    calls: list[ParsedCall] = []
+    for stop, kind in _cuts(text, body, end, separator):
+        raw = text[body:stop].strip()
+        after = stop + len(kind)
+        if kind == "unfinished":
+            message = f"the call is not finished; {example}"
+            calls.append(ParsedCall(Span(start, stop), raw, error=ToolErrorKind.UNTERMINATED, message=message))
+            return calls
+        if raw or kind != separator:
+            if raw or not calls:
+                calls.append(_read_call(raw, Span(start, after), example, repair))
+            else:
+                calls[-1] = replace(calls[-1], span=Span(calls[-1].span.start, after))
+            start = after
+        body = after
+    return calls
+
+
+def _cuts(text: str, body: int, end: str, separator: str) -> list[tuple[int, str]]:
+    """Where calls end, each with the separator or end that stands there; ``unfinished`` when the text ends first."""
+    cuts: list[tuple[int, str]] = []
+    depth, position = 0, body
+    while match := _TOKEN.search(text, position):
+        token, position = match.group(), match.end()
+        if token in _STRING_END:
+            closing = next((m for m in _STRING_END[token].finditer(text, position) if m["end"]), None)
+            if closing is None:
+                return [*cuts, (len(text), "unfinished")]
+            position = closing.end()
+        elif depth == 0 and token in (separator, end):
+            cuts.append((match.start(), token))
+            if token == end:
+                return cuts
+        elif token in "([{":
+            depth += 1
+        elif token in ")]}":
+            depth = max(0, depth - 1)
+    finished = not end and depth == 0
+    return [*cuts, (len(text), "" if finished else "unfinished")]
+
+
+def _read_call(raw: str, span: Span, example: str, repair: bool) -> ParsedCall:
+    repairs: list[str] = []
+    try:
+        name, arguments = _call_of(raw)
+    except _Problem as problem:
+        message = f"the call is not readable: {problem}; {example}"
+        return ParsedCall(span, raw, error=ToolErrorKind.INVALID_JSON, message=message)
+    if repair and not name.endswith(".call"):
+        name = repair_name(name, repairs)
+    return ParsedCall(span, raw, name, arguments, repairs=tuple(repairs))
+
+
+class _Problem(Exception):
+    """Why a text is not one call with literal arguments."""
+
+
+def _call_of(raw: str) -> tuple[str, dict[str, Any]]:
+    if _depth(raw) > _DEEPEST:
+        raise _Problem("it is nested too deeply")
+    try:
+        node = ast.parse(raw, mode="eval").body
+        if not isinstance(node, ast.Call):
+            raise _Problem("it is not a call")
+        if node.args:
+            raise _Problem("every argument needs its name")
+        arguments: dict[str, Any] = {}
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                raise _Problem("** is not allowed")
+            if keyword.arg in arguments:
+                raise _Problem(f"the argument {keyword.arg!r} stands twice")
+            arguments[keyword.arg] = _literal(keyword.value)
+        name = ast.unparse(node.func)
+    except SyntaxError as error:
+        raise _Problem(f"{error.msg} at character {error.offset or 1}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise _Problem(str(error) or "it is nested too deeply") from None
+    if not re.fullmatch(r"\w+(\.\w+)*", name):
+        raise _Problem("the name of the tool is not a name")
+    if not is_unicode(arguments):
+        raise _Problem("it holds half of a surrogate pair")
+    return name, arguments
+
+
+def _depth(text: str) -> int:
+    deepest = depth = 0
+    for char in text:
+        if char in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in ")]}":
+            depth -= 1
+    return deepest
+
+
+def _literal(node: ast.expr) -> Any:
+    """The JSON value that an expression writes out."""
+    match node:
+        case ast.Constant(value=None | bool() | int() | str() as value):
+            return value
+        case ast.Constant(value=float() as value) if abs(value) != float("inf"):
+            return value
+        case ast.Name(id=name) if name in _NAMES:
+            return _NAMES[name]
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=value)) if type(value) in (int, float):
+            return -_literal(node.operand)
+        case ast.List(elts=elements):
+            return [_literal(element) for element in elements]
+        case ast.Dict(keys=keys, values=values):
+            names = [key.value if isinstance(key, ast.Constant) else None for key in keys]
+            if not all(isinstance(name, str) for name in names):
+                raise _Problem("the keys of a dict must be strings")
+            if len(set(names)) != len(names):
+                raise _Problem("a key stands twice")
+            return {name: _literal(value) for name, value in zip(names, values, strict=True)}
+    raise _Problem(f"{ast.unparse(node)[:60]!r} is not a literal value")
+
+
+def write_python_call(call: ToolCall) -> str:
+    """The call as Python text that ``read_python_calls`` reads back."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
+    return f"{call.name}({arguments})"
+
+
+class PythonicFormat(TemplateFormat):
+    """See the module."""
+
+    name: ClassVar[str] = "pythonic"
+    parser = staticmethod(parse_pythonic)
+    text_beside_calls: ClassVar[bool] = False
+
+    def write(self, content: str, calls: Sequence[ToolCall]) -> str:
+        """See ``TemplateFormat``."""
+        return f"[{', '.join(map(write_python_call, calls))}]" if calls else content

@@ -1,0 +1,249 @@
+"""A chat format that is derived from the tokenizer's own template, and proved on it when it is made.
+
+Families differ in how calls are written (``parser``, ``write``). What stands between turns is read off the template
+(``chat_template``). Then a conversation with calls and results is appended piece by piece, and must give the tokens
+of the template for the whole of it::
+
+    chat = HermesFormat(tokenizer)          # ValueError, with the first difference, where that does not hold
+    chat.not_append_only                    # (): whatever is appended, the template writes the same
+
+Thinking is the one difference that is accepted, and it is named in ``not_append_only``: some templates (Qwen 3)
+leave out or add thinking blocks when a conversation is rendered anew. Appended tokens keep what the model wrote.
+
+Test it alone: ``pytest tests/core/test_formats.py tests/core/test_formats_families.py``
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from opd_env.formats.base import ChatFormat, Rendered
+from opd_env.formats.chat_template import CALL, CALL_ID, OPENING, ChatTemplate, Part, without_thinking
+from opd_env.formats.parse import ParsedTurn, Parser
+from opd_env.formats.token_text import Piece, TokenText
+from opd_env.messages import Message, ToolCall, assistant, calls_of, system, tool_message, user
+from opd_env.trajectory import TokenKind
+
+_THOUGHT = "<think>\nI should compute.\n</think>\n\n"
+
+
+class TemplateFormat(ChatFormat):
+    """The format for one tokenizer; a family is a subclass.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer with a chat template.
+        repair: put small faults of calls right when they are read, see ``opd_env.formats.repairs``.
+
+    Raises:
+        ValueError: the tokenizer is of an unsupported kind, has no chat template, its template writes calls
+            otherwise, or not the conversation that this format appends to (the first difference is shown).
+    """
+
+    parser: ClassVar[Parser]
+    """Reads a turn."""
+    tool_section: ClassVar[str | None] = None
+    """Describes tools (``{schemas}``) where the template does not; None: only templates that do are supported."""
+    result_block: ClassVar[tuple[str, str]] = ("", "")
+    """What encloses a tool result where the template knows no tools."""
+    text_beside_calls: ClassVar[bool] = True
+    """Whether a turn with calls may hold text; else ``render_assistant`` drops it, as the template does."""
+    parallel_calls: ClassVar[bool] = True
+    """Whether the template writes several calls in one turn. They are read in any case."""
+
+    def __init__(self, tokenizer: Any, repair: bool = False) -> None:
+        self.repair = repair
+        self.vocab_size = len(tokenizer)
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
+        self._text = TokenText(tokenizer)
+        if not self._template.knows_tools and self.tool_section is None:
+            raise ValueError(f"the chat template of {self._template.name} describes no tools")
+        special = [self._text.special_id(text) for text in (self._template.end, "<|endoftext|>", "<|eom_id|>")]
+        stops = [special[0], tokenizer.eos_token_id, *special[1:]]
+        self.stop_token_ids = tuple(dict.fromkeys(index for index in stops if index is not None))
+        self._scaffold = self._template.scaffold(self.result_block)
+        self.not_append_only = self._prove()
+
+    @abstractmethod
+    def write(self, content: str, calls: Sequence[ToolCall]) -> str:
+        """A turn as the model would write it, without the end-of-turn token."""
+
+    def render_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """See ``ChatFormat``. Special tokens written in a message are plain text to the model."""
+        if tools and not self._template.knows_tools:
+            messages, tools = self._with_tool_section(messages, tools), ()
+        # Private-use marks stand for messages that hold the text of special tokens, so that the template's own can be
+        # told from theirs. The others stay: a template may look at them. So does the space around a marked message,
+        # which the template may strip.
+        hostile = {
+            index: one["content"] for index, one in enumerate(messages) if self._text.holds_special(one["content"])
+        }
+        marked = [
+            {**message, "content": message["content"].replace(hostile[index].strip(), f"\ue000{index}\ue001")}
+            if index in hostile
+            else message
+            for index, message in enumerate(messages)
+        ]
+        rest = self._template.render(marked, tools)  # type: ignore[arg-type]  # copies of messages
+        pieces = []
+        for index, text in hostile.items():
+            before, mark, rest = rest.partition(f"\ue000{index}\ue001")
+            if not mark:
+                raise ValueError(f"the chat template of {self._template.name} drops message {index}")
+            pieces += [Piece(before), Piece(text.strip(), trusted=False)]
+        return self._text.encode([*pieces, Piece(rest)]).ids
+
+    def render_assistant(self, message: Message) -> list[int]:
+        """See ``ChatFormat``."""
+        content, calls = message["content"], calls_of(message)
+        if calls and not self.text_beside_calls:
+            content = ""
+        if "</think>" in content:
+            content = content.removeprefix("<think>\n") if self._template.opens_thinking else content
+            lead = ""
+        else:
+            lead = self._template.lead if content or self._template.opens_thinking else ""
+        return self._sampled(lead + self.write(content, calls))
+
+    def tool_results(self, messages: Sequence[Message]) -> Rendered:
+        """See ``ChatFormat``. Special tokens written in a result are plain text to the model.
+
+        Raises:
+            ValueError: there are no messages.
+        """
+        if not messages:
+            raise ValueError("a turn with calls is answered by at least one tool message")
+
+        def pieces_of(parts: Sequence[Part], number: int) -> list[Piece]:
+            pieces = []
+            for part in parts:
+                if isinstance(part, str):
+                    pieces.append(Piece(part))
+                elif part.field == "id":
+                    pieces.append(Piece(CALL_ID.format(number + part.offset + 1)))
+                else:
+                    pieces.append(Piece(messages[number + part.offset].get("name", ""), trusted=False))
+            return pieces
+
+        pieces: list[Piece] = []
+        for number, message in enumerate(messages):
+            pieces += pieces_of(self._scaffold.between if number else self._scaffold.before, number)
+            pieces.append(Piece(self._scaffold.quote(message["content"]), trusted=False))
+        pieces += pieces_of(self._scaffold.after, len(messages))
+        encoded = self._text.encode(pieces, after=self._template.end)
+        kinds = [TokenKind.TOOL_OUTPUT if untrusted else TokenKind.SCAFFOLD for untrusted in encoded.untrusted]
+        return Rendered(encoded.ids, kinds)
+
+    def parse(self, ids: Sequence[int]) -> ParsedTurn:
+        """See ``ChatFormat``."""
+        body = len(ids) - 1 if len(ids) and ids[-1] in self.stop_token_ids else len(ids)
+        decoded = self._text.decode(ids[:body])
+        turn = self.parse_text(decoded.text)
+        return replace(
+            turn,
+            calls=tuple(replace(call, span=decoded.tokens_of(call.span)) for call in turn.calls),
+            thinking=tuple(decoded.tokens_of(span) for span in turn.thinking),
+        )
+
+    def parse_text(self, text: str) -> ParsedTurn:
+        """See ``ChatFormat``."""
+        return type(self).parser(text, self._template.opens_thinking, self.repair)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``ChatFormat``."""
+        return self._text.decode(ids).text
+
+    def _sampled(self, text: str) -> list[int]:
+        """A turn's tokens, which continue the generation prompt."""
+        return self._text.encode([Piece(text + self._template.end)], after=self._template.prompt).ids
+
+    def _with_tool_section(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+        schemas = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in tools)
+        section = (self.tool_section or "").format(schemas=schemas)
+        if messages and messages[0]["role"] == "system":
+            return [system(f"{messages[0]['content']}\n\n{section}"), *messages[1:]]
+        return [system(section), *messages]
+
+    def _prove(self) -> tuple[str, ...]:
+        """Proves on this tokenizer that appending gives the tokens of the whole conversation's template.
+
+        Returns:
+            The cases in which it does not, because the template rewrites thinking.
+        """
+        thoughts = {"a turn without thinking": ""}
+        if self._template.thinks:
+            thoughts["a turn with thinking"] = _THOUGHT
+        differences = {case: self._difference(thought) for case, thought in thoughts.items()}
+        wrong = {case: difference for case, difference in differences.items() if difference}
+        if len(wrong) == len(differences) and not self._differs_in_thinking_alone():
+            raise ValueError(
+                f"the chat template of {self._template.name} does not continue what the {self.name} format appends: "
+                f"{next(iter(wrong.values()))}"
+            )
+        notes = [f"{case}: {difference}" for case, difference in wrong.items()]
+        if self._template.thinks:
+            answer = assistant(f"{_THOUGHT}It is 42.")
+            again = self._template.render([*OPENING, answer, user("And 7 * 8?")], self._template.tools)
+            if "I should compute." not in again:
+                notes.append("a further question: the template drops the thinking of turns before it")
+        return tuple(notes)
+
+    def _sample(self, thought: str) -> tuple[list[Message], list[str]]:
+        """A conversation with a call, and its assistant turns as sampled text."""
+        first = assistant(thought + "I compute." * self.text_beside_calls, [CALL, CALL][: 1 + self.parallel_calls])
+        results = [tool_message(CALL.name, " 42\n"), tool_message(CALL.name, "é€")][: 1 + self.parallel_calls]
+        final = assistant(f"{thought}The answer is 42.")
+        if self._template.knows_tools:
+            answered = [*OPENING, first, *results]
+            # How calls are spelled is the model's own affair, so the template's spelling is taken, if it can be read.
+            turn = self._template.turn_of(self._template.render(answered, self._template.tools))
+            turn = turn.partition(self._template.end)[0]
+            conversation = [*answered, final]
+        else:  # such a template is asked for the same text, written as ordinary messages
+            turn = thought + self.write("I compute." * self.text_beside_calls, calls_of(first))
+            blocks = [f"{self.result_block[0]}{result['content']}{self.result_block[1]}" for result in results]
+            conversation = [*OPENING, assistant(turn), user("\n".join(blocks)), final]
+        read = self.parse_text(turn).calls
+        if [(call.name, call.arguments) for call in read] != [(call.name, call.arguments) for call in calls_of(first)]:
+            raise ValueError(
+                f"the chat template of {self._template.name} writes calls that the {self.name} format cannot read: "
+                f"{turn!r}"
+            )
+        return conversation, [turn, self.decode(self.render_assistant(final)[:-1])]
+
+    def _appended(self, turns: Sequence[str]) -> list[int]:
+        results = [tool_message(CALL.name, " 42\n"), tool_message(CALL.name, "é€")][: 1 + self.parallel_calls]
+        return [
+            *self.render_prompt(OPENING, self._template.tools),
+            *self._sampled(turns[0]),
+            *self.render_tool_results(results),
+            *self._sampled(turns[1]),
+        ]
+
+    def _difference(self, thought: str) -> str:
+        """The first difference between what is appended and the template; empty when there is none."""
+        conversation, turns = self._sample(thought)
+        text = self._template.render(conversation, self._template.tools, prompt=False)
+        whole = self._tokenizer.encode(text, add_special_tokens=False)
+        appended = self._appended(turns)
+        if whole[: len(appended)] == appended:
+            return ""
+        same = next(i for i, (a, b) in enumerate(zip([*whole, None], [*appended, None], strict=False)) if a != b)
+        return (
+            f"after {self.decode(appended[max(0, same - 8) : same])!r} the template writes "
+            f"{self.decode(whole[same : same + 8])!r}, the format {self.decode(appended[same : same + 8])!r}"
+        )
+
+    def _differs_in_thinking_alone(self) -> bool:
+        conversation, turns = self._sample("")
+        text = self._template.render(conversation, self._template.tools, prompt=False)
+        return without_thinking(text).startswith(without_thinking(self.decode(self._appended(turns))))
+
+
+def join_calls(content: str, blocks: str) -> str:
+    """Text and call blocks on lines of their own; thinking ends with a blank line already."""
+    return f"{content}\n{blocks}" if content and blocks and not content.endswith("</think>\n\n") else content + blocks
