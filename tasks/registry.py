@@ -41,6 +41,7 @@ _BUILT_IN = {
     "country_search": "opd_env.tasks.country_search:CountrySearch",
     "gsm8k": "opd_env.tasks.gsm8k:GSM8K",
     "math500": "opd_env.tasks.math500:Math500",
+    "tooluse68": "opd_env.tasks.tooluse68:ToolUse68",
 }
 """Name to ``module:attribute``, so that listing the tasks imports none of them."""
 

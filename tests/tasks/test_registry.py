@@ -8,7 +8,7 @@ import pytest
 
 from opd_env.tasks import Example, Grade, Task, get_task, list_tasks, load_task, register_task, registry
 
-BUILT_IN = {"arithmetic", "bfcl", "bfcl_multi_turn", "country_search", "gsm8k", "math500"}
+BUILT_IN = {"arithmetic", "bfcl", "bfcl_multi_turn", "country_search", "gsm8k", "math500", "tooluse68"}
 
 
 class Empty(Task):
