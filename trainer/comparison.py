@@ -23,9 +23,8 @@ from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.divergences import Divergence
 from opd_env.trainer.logprobs import full_divergence, positions_per_chunk, token_logprobs
 from opd_env.trainer.modes import Baseline, Estimator
-from opd_env.trainer.teachers import LocalTeacher, Teacher, TopKTeacher
+from opd_env.trainer.teachers import LocalTeacher, Teacher, TopKTeacher, by_trajectory
 from opd_env.trainer.topk import topk_divergence
-from opd_env.trainer.update import TrainingError
 from opd_env.trajectory import Trajectory
 
 
@@ -58,7 +57,7 @@ class SampledComparison:
     def begin(self, trajectories: Sequence[Trajectory]) -> None:
         """The teacher scores a step's episodes."""
         self._teacher_N = self._teacher.score(trajectories)
-        _require_one_per_token(self._teacher, trajectories, self._teacher_N)
+        by_trajectory(self._teacher, trajectories, self._teacher_N)  # one per sampled token, or an error
 
     def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
         """Compares at a micro-batch's sampled tokens."""
@@ -84,7 +83,7 @@ class TopKComparison:
     def begin(self, trajectories: Sequence[Trajectory]) -> None:
         """The teacher scores a step's episodes."""
         self._top = self._teacher.score_topk(trajectories, self._config.topk_tokens)
-        _require_one_per_token(self._teacher, trajectories, self._top.logprobs_N)
+        by_trajectory(self._teacher, trajectories, self._top.logprobs_N)  # one per sampled token, or an error
 
     def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
         """Compares at a micro-batch's sampled tokens."""
@@ -183,11 +182,3 @@ def make_comparison(config: OPDConfig, teacher: Teacher, divergence: Divergence,
         f"{option} needs a teacher that gives its most likely tokens, {teacher.name} gives one log-prob per token; "
         "set estimator=sampled and baseline=none"
     )
-
-
-def _require_one_per_token(teacher: Teacher, trajectories: Sequence[Trajectory], teacher_N: Tensor) -> None:
-    count = sum(trajectory.num_sampled for trajectory in trajectories)
-    if teacher_N.shape != (count,):
-        raise TrainingError(
-            f"the teacher {teacher.name} gave {tuple(teacher_N.shape)} log-probs for {count} sampled tokens"
-        )

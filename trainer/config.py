@@ -104,6 +104,12 @@ class OPDConfig:
     """Python files to run first, so that their @tool, @register_task and register_divergence take effect."""
     teacher_demonstrations: int = 0
     """Worked examples of the task put into the teacher's prompt only, 0 to 64 (self-distillation)."""
+    teacher_sees_answer: bool = False
+    """The gold answer stands at the end of the question in the teacher's prompt only (self-distillation)."""
+    teacher_routes: Mapping[str, str] = field(default_factory=dict)
+    """Other teachers (models) by the name of a tool that a problem offers, or of its task; not for estimator=full."""
+    teacher_cache: str | None = None
+    """Folder in which the teacher's log-probs are kept and found again; null keeps none. Not for estimator=full."""
 
     divergence: str = "reverse_kl"
     """Name of the f-divergence between teacher and student."""

@@ -79,6 +79,12 @@ def _estimate(config: OPDConfig) -> None:
                 "of mode=opd_plus would push the student; set mode=opd_plus_centred or baseline=value"
             )
         return
+    if config.estimator is Estimator.FULL and (config.teacher_routes or config.teacher_cache):
+        name = "teacher_routes" if config.teacher_routes else "teacher_cache"
+        raise ConfigError(
+            f"{name} is for log-probs, and estimator=full takes one teacher's logits of every token; set "
+            "estimator=topk or estimator=sampled"
+        )
     for name, off in (("gamma", 0.0), ("baseline", Baseline.NONE), ("clip_ratio", None), ("truncate_weight", None)):
         if getattr(config, name) != off:
             raise ConfigError(

@@ -1,28 +1,30 @@
-"""A teacher that has seen worked examples: self-distillation with a privileged context.
+"""A teacher that has seen worked examples, or the answer: self-distillation with a privileged context.
 
 The teacher reads ``demonstration 1, demonstration 2, …, the student's question`` as one conversation, then the
 student's own turns, token for token. Demonstrations are expert episodes of the task, played through the real
 tools::
 
     chat = DemonstrationFormat(get_format(tokenizer), play_demonstrations(task, get_format(tokenizer), count=2))
-    teacher = LocalTeacher(load_model("smollm2"), vocab_size=chat.vocab_size, prompt=TaskPrompts([task], chat))
+    prompts = TaskPrompts(ExampleLookup([task]), chat, answer=True)         # … and the gold answer
+    teacher = LocalTeacher(load_model("smollm2"), vocab_size=chat.vocab_size, prompt=prompts)
 
 Test it alone: ``pytest tests/trainer/test_demonstrations.py``
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from opd_env.expert import play_expert
 from opd_env.formats import ChatFormat, ParsedTurn, Rendered
-from opd_env.messages import Message
+from opd_env.messages import Message, user
 from opd_env.tasks import Example, Task
 from opd_env.tools import Tool, Toolbox
 from opd_env.trainer.batch import prompt_length
+from opd_env.trainer.lookup import ExampleLookup
 from opd_env.trajectory import Trajectory
 
 
@@ -111,34 +113,54 @@ class DemonstrationFormat(ChatFormat):
 
 
 class TaskPrompts:
-    """The prompt of a trajectory as another chat format writes it: what a teacher reads instead of the student's.
+    """The prompt of a trajectory as a teacher reads it instead of the student's: self-distillation with more to see.
 
     Args:
-        tasks: where the trajectories come from: the training task, and the one that is evaluated on.
-        chat: writes the prompts.
+        find: gives the example of a trajectory.
+        chat: writes the prompts, with demonstrations perhaps.
         tools: as for the rollouts; when None, what the task offers for each example.
+        answer: also tells the gold answer, at the end of the question (as "Self-Distilled Reasoner", Zhao et al. 2026,
+            shows the teacher a reference solution).
     """
 
-    def __init__(self, tasks: Sequence[Task], chat: ChatFormat, tools: Sequence[str | Tool] | None = None) -> None:
-        self._names = " and ".join(f"{task.name!r} ({task.split})" for task in tasks)
+    def __init__(
+        self,
+        find: ExampleLookup,
+        chat: ChatFormat,
+        tools: Sequence[str | Tool] | None = None,
+        *,
+        answer: bool = False,
+    ) -> None:
+        self._find = find
         self._chat = chat
         self._tools = tools
-        # Two splits may use the same id for different questions.
-        self._known: dict[tuple[str, str], tuple[Task, Example]] = {}
-        self._rest: Iterator[tuple[Task, Example]] = ((task, example) for task in tasks for example in task)
+        self._answer = answer
 
     def __call__(self, trajectory: Trajectory) -> list[int]:
         """Token ids of the prompt.
 
         Raises:
-            ValueError: the trajectory is not of these tasks.
+            ValueError: the trajectory is not of these tasks, or its example has no gold answer to tell.
         """
-        key = (trajectory.example_id, trajectory.question)
-        while key not in self._known:
-            found = next(self._rest, None)
-            if found is None:
-                raise ValueError(f"task {self._names} has no example {trajectory.example_id!r} with this question")
-            self._known[found[1].id, found[1].messages[-1]["content"]] = found
-        task, example = self._known[key]
+        return self.render(*self._find(trajectory))
+
+    def render(self, task: Task, example: Example) -> list[int]:
+        """Token ids of an example's prompt."""
+        messages = with_answer(task, example) if self._answer else example.messages
         with Toolbox(task.tools_of(example) if self._tools is None else self._tools) as toolbox:
-            return self._chat.render_prompt(example.messages, toolbox.schemas)
+            return self._chat.render_prompt(messages, toolbox.schemas)
+
+
+def with_answer(task: Task, example: Example) -> tuple[Message, ...]:
+    """The example's messages, with the gold answer at the end of the question.
+
+    Raises:
+        ValueError: there is no gold answer.
+    """
+    if not example.answer:
+        raise ValueError(
+            f"teacher_sees_answer: example {example.id!r} of task {task.name!r} has no gold answer; leave it out"
+        )
+    *opening, question = example.messages
+    told = f"{question['content']}\n\n(The correct answer is {example.answer}. Work it out all the same.)"
+    return (*opening, user(told))

@@ -67,8 +67,8 @@ class HeldOut:
         advance = self._display.phase(f"evaluating {name}", problems * config.eval_samples)
         chat, limits = parts.chat, config.limits
         if name == TEACHER:
-            chat = parts.teacher_chat
-            limits = replace(limits, max_tokens=limits.max_tokens + parts.teacher_extra_tokens)
+            chat = parts.teachers.chat
+            limits = replace(limits, max_tokens=limits.max_tokens + parts.teachers.extra_tokens)
         result = evaluate(
             parts.eval_task,
             engine,
@@ -84,6 +84,6 @@ class HeldOut:
             progress=lambda done, total: advance(done, None),
         )
         if name in _WITH_LOG_RATIOS:
-            ratios = log_ratios(parts.teacher, result.trajectories)
+            ratios = log_ratios(parts.teachers.scorer, result.trajectories)
             self._folder.write_json(f"evaluations/{name}/log_ratios.json", ratios, indent=None)
         return result

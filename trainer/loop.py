@@ -78,7 +78,7 @@ class OPDTrainer:
         self.folder = RunFolder(config)
         self.accelerator = make_accelerator(config)
         self.parts: Parts = make_parts(config, self.accelerator.device, student=student, teacher=teacher)
-        self.objective = OPDObjective(config, self.parts.teacher, self.parts.chat.vocab_size)
+        self.objective = OPDObjective(config, self.parts.teachers.scorer, self.parts.chat.vocab_size)
         self.updater = Updater(
             PolicyModule(self.parts.student.model, self.parts.chat.vocab_size),
             self.accelerator,

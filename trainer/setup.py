@@ -18,8 +18,8 @@ from opd_env.models import LoadedModel, load_model, without_bars
 from opd_env.tasks import Task, load_task, require_trainable
 from opd_env.tools import Toolbox
 from opd_env.trainer.config import LoRASettings, OPDConfig
-from opd_env.trainer.demonstrations import DemonstrationFormat, TaskPrompts, play_demonstrations
-from opd_env.trainer.teachers import LocalTeacher, require_compatible
+from opd_env.trainer.make_teachers import Teachers, make_teachers
+from opd_env.trainer.teachers import LocalTeacher
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
@@ -32,12 +32,13 @@ class Parts:
     eval_task: Task
     student: LoadedModel
     """With adapters, if the settings ask for them."""
-    teacher: LocalTeacher
     chat: ChatFormat
-    teacher_chat: ChatFormat
-    """The student's format, or one whose prompts hold demonstrations."""
-    teacher_extra_tokens: int
-    """By how much the teacher's prompts may be longer than the student's."""
+    teachers: Teachers
+
+    @property
+    def teacher(self) -> LocalTeacher:
+        """The teacher that the settings name."""
+        return self.teachers.named
 
     def save_student(self, folder: Path) -> None:
         """Writes the student as a plain model and tokenizer. Adapters are merged into it for good."""
@@ -71,30 +72,15 @@ def make_parts(
     teacher = teacher or load_model(config.teacher, dtype=config.teacher_dtype, device=device)
     chat = get_format(student.tokenizer)
     _require_room(task, chat, config)
-    teacher_chat, prompt, extra = chat, None, 0
-    if config.teacher_demonstrations:
-        played = play_demonstrations(
-            task, chat, count=config.teacher_demonstrations, tools=config.tools, seed=config.seed
-        )
-        teacher_chat = DemonstrationFormat(chat, played)
-        prompt, extra = TaskPrompts([task, eval_task], teacher_chat, config.tools), teacher_chat.longest
-    require_compatible(student, teacher, max_tokens=config.limits.max_tokens, teacher_extra_tokens=extra)
+    teachers = make_teachers(config, [task, eval_task], chat, student, teacher)
     if config.lora is not None:
         student = LoadedModel(_with_adapters(student.model, config.lora, config.seed), student.tokenizer, student.name)
     return Parts(
         task=task,
         eval_task=eval_task,
         student=student,
-        teacher=LocalTeacher(
-            teacher,
-            vocab_size=chat.vocab_size,
-            temperature=config.temperature,
-            tokens_per_microbatch=config.tokens_per_microbatch,
-            prompt=prompt,
-        ),
         chat=chat,
-        teacher_chat=teacher_chat,
-        teacher_extra_tokens=extra,
+        teachers=teachers,
     )
 
 

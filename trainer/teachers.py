@@ -26,6 +26,7 @@ from opd_env.models import LoadedModel
 from opd_env.trainer.batch import Head, MicroBatch, PolicyModule, Row, num_sampled, pack, row_of
 from opd_env.trainer.logprobs import positions_per_chunk, token_logprobs
 from opd_env.trainer.topk import TopKScores, topk_logprobs
+from opd_env.trainer.update import TrainingError
 from opd_env.trajectory import Trajectory
 
 Prompt = Callable[[Trajectory], Sequence[int]]
@@ -147,9 +148,23 @@ class LocalTeacher:
         return hidden_NH
 
 
+def by_trajectory(teacher: Teacher, trajectories: Sequence[Trajectory], values_N: Tensor) -> tuple[Tensor, ...]:
+    """Values of sampled tokens, split by the trajectories that they are of.
+
+    Raises:
+        TrainingError: the teacher did not give one per sampled token.
+    """
+    counts = [trajectory.num_sampled for trajectory in trajectories]
+    if len(values_N) != sum(counts):
+        raise TrainingError(
+            f"the teacher {teacher.name} gave {len(values_N)} log-probs for {sum(counts)} sampled tokens"
+        )
+    return torch.split(values_N, counts) if counts else (values_N,)
+
+
 def log_ratios(teacher: Teacher, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
     """Teacher minus student log-prob of every sampled token, by ``example_id/sample``, at most 99 either way."""
-    scores = torch.split(teacher.score(trajectories), [one.num_sampled for one in trajectories])
+    scores = by_trajectory(teacher, trajectories, teacher.score(trajectories)) if trajectories else ()
     return {
         f"{one.example_id}/{one.sample}": [
             round(max(-99.0, min(99.0, ours)), 4) for ours in (score_N.numpy() - one.logprobs[one.sampled]).tolist()

@@ -158,6 +158,8 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, expected):
         ({"estimator": Estimator.SAMPLED, "clip_ratio": 0.2, "truncate_weight": 2.0}, "set one of them"),
         ({"estimator": "topk", "baseline": "value"}, "baseline=value has no meaning with estimator=topk"),
         ({"estimator": "sampled", "baseline": "value", "mode": "opd"}, "has no meaning with mode=opd"),
+        ({"teacher_routes": {"calculator": "t2"}}, "teacher_routes is for log-probs, and estimator=full takes"),
+        ({"teacher_cache": "cache"}, "teacher_cache is for log-probs"),
         ({"topk_tokens": 0}, "topk_tokens=0 is out of range"),
         ({"reward_coefficient": 1.0}, "samples_per_problem=1 leaves nothing to compare"),
         ({"divergence_coefficient": 0.0}, "nothing would be learnt"),

@@ -14,6 +14,7 @@ from opd_env.tools import Toolbox
 from opd_env.trainer import OPDTrainer
 from opd_env.trainer.batch import prompt_length, row_of
 from opd_env.trainer.demonstrations import DemonstrationFormat, TaskPrompts, play_demonstrations
+from opd_env.trainer.lookup import ExampleLookup
 from tests.core.tiny import tiny_tokenizer
 from tests.trainer.toy import loaded, toy_config
 
@@ -51,7 +52,7 @@ def test_a_question_is_never_its_own_demonstration():
 @pytest.mark.parametrize("task", [TASK, HELD_OUT], ids=["train", "held out"])
 def test_a_teacher_reads_its_prompt_then_the_student_s_tokens(task):
     trajectory = play_expert(task, 3, CHAT)
-    prompts = TaskPrompts([TASK, HELD_OUT], DemonstrationFormat(CHAT, PLAYED))
+    prompts = TaskPrompts(ExampleLookup([TASK, HELD_OUT]), DemonstrationFormat(CHAT, PLAYED))
     row = row_of(trajectory, prompts(trajectory))
     text = CHAT.decode(row.token_ids_T.tolist())
     assert text.endswith(f"{trajectory.question}<|im_end|>\n<|im_start|>assistant\n{student_turns(trajectory)}")
@@ -82,7 +83,7 @@ class Numbered(Task):
 
 def test_the_same_id_in_two_splits_keeps_its_own_question():
     tasks = [Numbered("train"), Numbered("test")]
-    prompts = TaskPrompts(tasks, CHAT)
+    prompts = TaskPrompts(ExampleLookup(tasks), CHAT)
     for task in reversed(tasks):
         assert f"A question of {task.split}?" in CHAT.decode(prompts(play_expert(task, 0, CHAT)))
 
@@ -90,7 +91,7 @@ def test_the_same_id_in_two_splits_keeps_its_own_question():
 def test_a_trajectory_of_another_task_is_refused():
     trajectory = play_expert(HELD_OUT, 0, CHAT)
     with pytest.raises(ValueError, match=rf"'arithmetic' \(train\) has no example '{trajectory.example_id}'"):
-        TaskPrompts([TASK], CHAT)(trajectory)
+        TaskPrompts(ExampleLookup([TASK]), CHAT)(trajectory)
 
 
 def test_too_few_experts_are_refused():
@@ -119,4 +120,4 @@ def test_a_teacher_reads_the_tools_that_an_example_brings():
     task = OwnTools("train")
     trajectory = play_expert(task, 0, CHAT)
     assert "Tools: python" in CHAT.decode(trajectory.token_ids.tolist())
-    assert TaskPrompts([task], CHAT)(trajectory) == trajectory.token_ids[trajectory.turn == 0].tolist()
+    assert TaskPrompts(ExampleLookup([task]), CHAT)(trajectory) == trajectory.token_ids[trajectory.turn == 0].tolist()

@@ -258,6 +258,25 @@ def test_the_reward_alone_moves_the_student_only_where_a_problems_samples_differ
     assert {round(value, 6) for value in trainer.objective.tokens.advantages_N.tolist()} == {-1.0, 0.0, 1.0}
 
 
+def test_a_run_may_have_several_teachers_and_remember_what_they_said(tmp_path):
+    other = loaded(7, "other", spread=0.3)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    settings = {
+        "steps": 1, "estimator": "topk", "topk_tokens": 8, "teacher_cache": str(tmp_path / "cache"),
+        "teacher_routes": {"calculator": str(tmp_path / "other")}, "teacher_sees_answer": True,
+    }  # fmt: skip
+    runs = [trainer_of(toy_config(tmp_path / name, **settings)) for name in ("one", "two")]
+    for trainer in runs:
+        trainer.train()
+    assert_same(weights(runs[0]), weights(runs[1]))
+    routed = runs[1].parts.teachers.scorer._others["calculator"]
+    assert (routed.hits > 0, routed.misses) == (True, 0)  # all of it was known from the first run
+    alone = trainer_of(toy_config(tmp_path / "alone", **{**settings, "teacher_routes": {}}))
+    alone.train()
+    assert any(not torch.equal(value, weights(alone)[name]) for name, value in weights(runs[0]).items())
+
+
 def test_adapters_alone_are_trained_and_merged_into_the_saved_model(tmp_path, monkeypatch):
     student = loaded(1, "student")
     before = {name: value.clone() for name, value in student.model.named_parameters()}

@@ -1,6 +1,7 @@
 """Trackers, adapters and processes that do not fit are refused with what would."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from opd_env.configuration import ConfigError, import_files
 from opd_env.tasks import list_tasks
 from opd_env.trainer import setup
 from opd_env.trainer.setup import make_accelerator, make_parts
-from tests.trainer.toy import loaded, toy_config
+from tests.trainer.toy import loaded, made_trajectory, toy_config
 
 
 def parts(config):
@@ -33,16 +34,44 @@ def test_more_processes_than_problems_are_refused(tmp_path, monkeypatch):
 def test_train_and_evaluation_tasks_are_different_splits(tmp_path):
     built = parts(toy_config(tmp_path))
     assert (built.task.split, built.eval_task.split) == ("train", "test")
-    assert built.teacher_chat is built.chat
-    assert built.teacher_extra_tokens == 0
+    assert built.teachers.chat is built.chat
+    assert built.teachers.extra_tokens == 0
 
 
 def test_demonstrations_change_the_teachers_prompt_only(tmp_path):
     built = parts(toy_config(tmp_path, teacher_demonstrations=2))
     messages = built.task[0].messages
-    plain, privileged = (chat.render_prompt(messages) for chat in (built.chat, built.teacher_chat))
-    assert len(plain) < len(privileged) <= len(plain) + built.teacher_extra_tokens
+    plain, privileged = (chat.render_prompt(messages) for chat in (built.chat, built.teachers.chat))
+    assert len(plain) < len(privileged) <= len(plain) + built.teachers.extra_tokens
     assert privileged[-len("0 + 1?") :] == plain[-len("0 + 1?") :]
+
+
+def test_the_answer_stands_in_the_teachers_prompt_and_nowhere_else(tmp_path):
+    built = parts(toy_config(tmp_path, teacher_sees_answer=True))
+    example = built.task[3]
+    plain = built.chat.render_prompt(example.messages)
+    assert built.teachers.chat is built.chat  # what the teacher is evaluated with
+    trajectory = replace(
+        made_trajectory(3, prompt=len(plain)), example_id=example.id, question=example.messages[-1]["content"]
+    )
+    (row,) = built.teachers.named.rows([trajectory])
+    prompt = built.chat.decode(row.token_ids_T[: -len(trajectory.token_ids) + len(plain)].tolist())
+    assert "The correct answer is 4." in prompt
+    assert "correct answer" not in built.chat.decode(plain)
+    assert len(row.token_ids_T) <= len(trajectory.token_ids) + built.teachers.extra_tokens + len(plain)
+    assert row.sampled_T.sum() == trajectory.num_sampled
+
+
+@pytest.mark.parametrize(
+    ("routes", "reason"),
+    [
+        ({"calculater": "x"}, "teacher_routes names 'calculater', .* did you mean 'calculator'"),
+        ({"toy_sum": "x"}, "did you mean 'toy_sums'"),
+    ],
+)
+def test_a_route_that_no_problem_can_take_is_refused_before_a_model_is_loaded(tmp_path, routes, reason):
+    with pytest.raises(ConfigError, match=reason):
+        parts(toy_config(tmp_path, estimator="sampled", teacher_routes=routes))
 
 
 def test_files_of_the_user_are_run_once_and_their_tasks_are_known(tmp_path):

@@ -1,0 +1,111 @@
+"""Builds a run's teachers from its settings: what they read, whom each problem is routed to, what is known already.
+
+Worked example::
+
+    teachers = make_teachers(config, [task, eval_task], chat, student, load_model(config.teacher))
+    teachers.scorer.score(trajectories)
+
+Test it alone: ``pytest tests/trainer/test_setup.py tests/trainer/test_routing.py``
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opd_env.configuration import ConfigError
+from opd_env.formats import ChatFormat
+from opd_env.models import LoadedModel, load_model
+from opd_env.tasks import Task
+from opd_env.tools import list_tools
+from opd_env.trainer.config import OPDConfig
+from opd_env.trainer.demonstrations import DemonstrationFormat, TaskPrompts, play_demonstrations
+from opd_env.trainer.lookup import ExampleLookup
+from opd_env.trainer.routing import NameRoute, RoutedTeacher
+from opd_env.trainer.teacher_cache import CachedTeacher, fingerprint_of
+from opd_env.trainer.teachers import LocalTeacher, Teacher, require_compatible
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Who teaches in a run."""
+
+    named: LocalTeacher
+    """The teacher that ``teacher`` names. It is evaluated beside the student."""
+    scorer: Teacher
+    """What scores the student's tokens: that teacher, several by problem, or one that remembers."""
+    chat: ChatFormat
+    """The student's format, or one whose prompts hold demonstrations. The gold answer is never in it."""
+    extra_tokens: int
+    """By how much the teachers' prompts may be longer than the student's."""
+
+
+def make_teachers(
+    config: OPDConfig, tasks: Sequence[Task], chat: ChatFormat, student: LoadedModel, teacher: LoadedModel
+) -> Teachers:
+    """Builds them.
+
+    Args:
+        config: all settings.
+        tasks: the one trained on, then the one evaluated on.
+        chat: the student's format.
+        student: for the check that the teachers fit.
+        teacher: the model that ``config.teacher`` names; others are loaded to the same device.
+
+    Raises:
+        ValueError: a name is unknown, or a model does not fit the student.
+        ModelUnavailable: a model cannot be loaded.
+    """
+    task, find = tasks[0], ExampleLookup(tasks)
+    teacher_chat, prompt, extra = chat, None, 0
+    if config.teacher_demonstrations:
+        played = play_demonstrations(
+            task, chat, count=config.teacher_demonstrations, tools=config.tools, seed=config.seed
+        )
+        teacher_chat = DemonstrationFormat(chat, played)
+        extra = teacher_chat.longest
+        prompt = TaskPrompts(find, teacher_chat, config.tools)
+    if config.teacher_sees_answer:
+        plain = TaskPrompts(find, teacher_chat, config.tools)
+        prompt = TaskPrompts(find, teacher_chat, config.tools, answer=True)
+        extra += max(len(prompt.render(task, one)) - len(plain.render(task, one)) for one in task[:32])
+
+    def local(loaded: LoadedModel) -> LocalTeacher:
+        require_compatible(student, loaded, max_tokens=config.limits.max_tokens, teacher_extra_tokens=extra)
+        return LocalTeacher(
+            loaded,
+            vocab_size=chat.vocab_size,
+            temperature=config.temperature,
+            tokens_per_microbatch=config.tokens_per_microbatch,
+            prompt=prompt,
+        )
+
+    def remembering(one: LocalTeacher) -> Teacher:
+        if config.teacher_cache is None:
+            return one
+        identity = f"{fingerprint_of(one.loaded.model)} at temperature {config.temperature}"
+        return CachedTeacher(one, config.teacher_cache, identity, one.rows)
+
+    named = local(teacher)
+    scorer = remembering(named)
+    if config.teacher_routes:
+        _require_known_routes(config, task)
+        device = next(teacher.model.parameters()).device
+        others = {
+            name: remembering(local(load_model(model, dtype=config.teacher_dtype, device=device)))
+            for name, model in config.teacher_routes.items()
+        }
+        scorer = RoutedTeacher(scorer, others, NameRoute(others, find, config.tools))
+    return Teachers(named, scorer, teacher_chat, extra)
+
+
+def _require_known_routes(config: OPDConfig, task: Task) -> None:
+    """Refuses a route that no problem could take."""
+    offered = config.tools if config.tools is not None else task.tools
+    known = [task.name, *(tool if isinstance(tool, str) else tool.name for tool in offered), *list_tools()]
+    for name in config.teacher_routes:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(dict.fromkeys(known))}"
+            raise ConfigError(f"teacher_routes names {name!r}, which is neither a tool nor the run's task; {hint}")
