@@ -60,6 +60,8 @@ class Side:
     label: str
     """Task and tools."""
     trajectories: Sequence[Trajectory]
+    finished: float = 0.0
+    """When its results were written, in seconds since 1970."""
     curve: Sequence[tuple[float, Summary]] = ()
     """Evaluations of the same run by step, when it comes from one."""
     decode: Decode | None = None
@@ -172,11 +174,12 @@ def read_side(path: str | Path, *, name: str = "") -> Side:
     home = place.parent.parent if place.parent.name == "evaluations" else place
     given = str(place if home == place else home)
     return Side(
-        name=name or (given if home == place else f"{given} ({place.name})"),
+        name=name or (given if home == place else f"{given} ({_title(place.name)})"),
         settings=stored["settings"],
         versions=stored.get("versions", {}),
         label=stored.get("label", ""),
         trajectories=load_trajectories(files[0]),
+        finished=(place / _RESULTS).stat().st_mtime,
         curve=curve,
         decode=tokenizer_of(home),
     )
@@ -219,6 +222,11 @@ def compare(first: Side, second: Side) -> Comparison:
         single=max(first.table.samples, second.table.samples) == 1,
         notes=tuple(_notes(first, second, len(common))),
     )
+
+
+def _title(name: str) -> str:
+    """``step 40`` for the folder ``step_00000040``."""
+    return f"step {int(name[5:])}" if name.startswith("step_") and name[5:].isdigit() else name
 
 
 def _progress(name: str) -> tuple[bool, str]:

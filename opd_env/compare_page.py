@@ -18,6 +18,7 @@ from opd_env.compare import Comparison, Flip, MetricDifference, Side
 from opd_env.report import page_template
 from opd_env.report_rows import BEHAVIOUR
 from opd_env.statistics import Rate
+from opd_env.tally import NEITHER_GOOD_NOR_BAD, WORSE_WHEN_HIGHER
 from opd_env.trajectory_files import explained, whole_or_nothing
 from opd_env.transcript import shorten, transcript
 
@@ -25,10 +26,6 @@ MOST_FLIPS = 30
 """Flips of each direction that are shown with their transcripts."""
 
 _TONES = ("before", "after", "teacher", "other")
-_WORSE_WHEN_HIGHER = frozenset({"malformed", "over_call", "under_call", "repeated", "truncated"})
-"""Metrics that count mistakes."""
-_NEITHER = frozenset({"called", "abstained"})
-"""More of it is neither better nor worse."""
 
 
 class _Model(NamedTuple):
@@ -116,8 +113,16 @@ def _row(metric: MetricDifference, reach: float) -> dict[str, Any]:
     def at(value: float) -> float:
         return round(50 + 50 * max(-reach, min(reach, value)) / reach, 2)
 
-    better = (change.value > 0) != (metric.name in _WORSE_WHEN_HIGHER)
-    tone = "unclear" if not change.clear else "clear" if metric.name in _NEITHER else "up" if better else "down"
+    better = (change.value > 0) != (metric.name in WORSE_WHEN_HIGHER)
+    tone = (
+        "unclear"
+        if not change.clear
+        else "clear"
+        if metric.name in NEITHER_GOOD_NOR_BAD
+        else "up"
+        if better
+        else "down"
+    )
     return {
         "title": metric_title(metric.name),
         "note": BEHAVIOUR.get(metric.name, ("", ""))[1],

@@ -125,6 +125,20 @@ def rate(successes: ArrayLike, trials: ArrayLike | None = None, *, seed: int = 0
     return Rate(value, low, high, problems)
 
 
+def standard_error(numerators: ArrayLike, denominators: ArrayLike) -> float:
+    """Standard error of ``sum(numerators) / sum(denominators)``, clustered by problem; NaN for fewer than two problems.
+
+    Linearised as in W. Cochran, Sampling Techniques (1977), equation 6.13; for one trial per problem it is the sample
+    standard deviation over the square root of n.
+    """
+    numerators_P, denominators_P = (np.asarray(part, dtype=np.float64) for part in (numerators, denominators))
+    n, total = int((denominators_P > 0).sum()), float(denominators_P.sum())
+    if n < 2:
+        return math.nan
+    residual_P = numerators_P - numerators_P.sum() / total * denominators_P
+    return math.sqrt(n / (n - 1) * float((residual_P**2).sum())) / total
+
+
 def bootstrap_interval(
     numerators: ArrayLike, denominators: ArrayLike | None = None, *, seed: int = 0
 ) -> tuple[float, float]:

@@ -49,6 +49,11 @@ RATES: Mapping[str, tuple[str, str]] = {
 }
 """Rates of ``Summary``, and the two columns of a tally whose quotient each is."""
 
+WORSE_WHEN_HIGHER = frozenset({"malformed", "over_call", "under_call", "repeated", "truncated"})
+"""Rates that count mistakes."""
+NEITHER_GOOD_NOR_BAD = frozenset({"called", "abstained"})
+"""Rates that only describe."""
+
 
 class Fraction(NamedTuple):
     """A metric before it is divided; shapes ``[problems]``."""

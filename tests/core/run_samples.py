@@ -54,9 +54,11 @@ SETTINGS = {
     "task": "arithmetic",
     "version": "1",
     "split": "test",
+    "size": 200,
     "tools": ["calculator"],
     "samples": 1,
     "sampling": {"temperature": 0.0, "max_tokens": 256},
+    "limits": {"max_turns": 8, "max_errors": 3, "max_turn_tokens": 256, "max_tokens": 2048},
     "seed": 0,
     "prompt_hash": "5d41402abc4b2a76",
 }

@@ -133,7 +133,7 @@ def test_a_run_folder_stands_for_its_last_evaluation(tmp_path: Path) -> None:
 def test_an_unfinished_run_stands_for_its_latest_checkpoint(tmp_path: Path) -> None:
     for name in ("before", "step_00000002", "step_00000010", "teacher"):
         write_evaluation(tmp_path / "run" / "evaluations" / name, played(True))
-    assert read_side(tmp_path / "run").name.endswith("(step_00000010)")
+    assert read_side(tmp_path / "run").name.endswith("(step 10)")
 
 
 @pytest.mark.parametrize(
