@@ -16,7 +16,7 @@ from typing import Any
 
 from opd_env.compare import Side
 from opd_env.evaluation_settings import fingerprint_of
-from opd_env.formats.parse import parse_hermes
+from opd_env.formats import FORMATS, parse_hermes
 from opd_env.metrics import rate_of
 from opd_env.statistics import standard_error
 from opd_env.tally import fractions
@@ -100,7 +100,7 @@ def _results(side: Side) -> dict[str, Any]:
 def _sample(one: Trajectory, settings: Mapping[str, Any]) -> dict[str, Any]:
     messages: list[dict[str, Any]] = [{"role": "user", "content": one.question, "source": "input"}]
     for number, turn in enumerate(one.turns):
-        messages += _turn(turn, number, settings["model"])
+        messages += _turn(turn, number, settings)
     said = [message for message in messages if message["role"] == "assistant"]
     choices = [{"message": said[-1], "stop_reason": _stop_reason(one)}] if said else []
     score = {
@@ -132,11 +132,17 @@ def _sample(one: Trajectory, settings: Mapping[str, Any]) -> dict[str, Any]:
     return sample
 
 
-def _turn(turn: TurnRecord, number: int, model: str) -> list[dict[str, Any]]:
-    parsed = parse_hermes(turn.text)
+def _turn(turn: TurnRecord, number: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    family = FORMATS.get(settings.get("chat_format", ""))
+    parsed = (parse_hermes if family is None else family.parser)(turn.text)
     # The blocks are left out of the text where they are known to be these calls.
     content = parsed.content if len(parsed.calls) == len(turn.calls) and turn.calls else turn.text
-    message: dict[str, Any] = {"role": "assistant", "content": content, "source": "generate", "model": model}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": content,
+        "source": "generate",
+        "model": settings["model"],
+    }
     if not turn.calls:
         return [message]
     identities = [f"call_{number}_{index}" for index in range(len(turn.calls))]
