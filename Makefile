@@ -13,7 +13,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,math,countries]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,math,countries,mcp]'
 	touch $(READY)
 
 demo: $(READY)

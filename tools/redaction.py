@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote, quote_plus
 
@@ -38,21 +38,40 @@ class SecretMissing(UserError):
     """A tool's environment variable is not set, or too short to be a secret."""
 
 
-def secrets_of(tool: Tool) -> list[str]:
-    """Everything to take out for a tool: the values of its ``secrets`` and their forms, the longest first.
+def secret_values(names: Sequence[str], needed_by: str) -> dict[str, str]:
+    """The values of environment variables.
+
+    Args:
+        names: of the variables.
+        needed_by: for the error, such as ``"tool 'price'"``.
 
     Raises:
         SecretMissing: a variable is not set, or its value has fewer than ``MIN_SECRET_CHARS`` characters.
     """
-    forms: set[str] = set()
-    for name in tool.secrets:
-        value = os.environ.get(name, "").strip()
+    values = {name: os.environ.get(name, "").strip() for name in names}
+    for name, value in values.items():
         if len(value) < MIN_SECRET_CHARS:
             found = f"has {len(value)} characters" if value else "is not set"
             raise SecretMissing(
-                f"tool {tool.name!r} needs the environment variable {name} with at least {MIN_SECRET_CHARS} "
-                f"characters; it {found}"
+                f"{needed_by} needs the environment variable {name} with at least {MIN_SECRET_CHARS} characters; "
+                f"it {found}"
             )
+    return values
+
+
+def secrets_of(tool: Tool) -> list[str]:
+    """Everything to take out for a tool.
+
+    Raises:
+        SecretMissing: see ``secret_values``.
+    """
+    return forms_of(secret_values(tool.secrets, f"tool {tool.name!r}").values()) if tool.secrets else []
+
+
+def forms_of(values: Iterable[str]) -> list[str]:
+    """Each value in all the ways in which it is recognised, the longest first."""
+    forms: set[str] = set()
+    for value in values:
         written = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
         forms.update((value, *written, quote(value), quote(value, safe=""), quote_plus(value)))
     return sorted(forms, key=len, reverse=True)

@@ -102,6 +102,9 @@ class OPDConfig:
     """Names of the tools offered to the student; null takes the task's own."""
     imports: tuple[str, ...] = ()
     """Python files to run first, so that their @tool, @register_task and register_divergence take effect."""
+    mcp_servers: Mapping[str, Any] = field(default_factory=dict)
+    """MCP servers whose tools can be named in ``tools``: by a name of your choice, the options of ``mount_mcp``, such
+    as ``{shop: {server: [python, shop.py]}}``."""
     teacher_demonstrations: int = 0
     """Worked examples of the task put into the teacher's prompt only, 0 to 64 (self-distillation)."""
     teacher_sees_answer: bool = False

@@ -17,6 +17,7 @@ from opd_env.formats import ChatFormat, get_format
 from opd_env.models import LoadedModel, load_model, without_bars
 from opd_env.tasks import Task, load_task, require_trainable
 from opd_env.tools import Toolbox
+from opd_env.tools.mcp import register_mcp_servers
 from opd_env.trainer.config import LoRASettings, OPDConfig
 from opd_env.trainer.make_teachers import Teachers, make_teachers
 from opd_env.trainer.teachers import LocalTeacher
@@ -65,6 +66,7 @@ def make_parts(
         ModelUnavailable: a model cannot be loaded.
     """
     import_files(config.imports)
+    register_mcp_servers(config.mcp_servers)
     task = load_task(config.task, config.split, **config.task_options)
     require_trainable(task)
     eval_task = load_task(config.task, config.eval_split, **config.task_options)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from opd_env.configuration import ConfigError, configure, import_files
 from opd_env.limits import RolloutLimits
 from opd_env.tasks import load_task
+from opd_env.tools.mcp import register_mcp_servers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +45,9 @@ class PlaySettings:
     """Names of the tools on offer; null takes the task's own."""
     imports: tuple[str, ...] = ()
     """Python files to run first, so that their @tool and @register_task take effect."""
+    mcp_servers: Mapping[str, Any] = field(default_factory=dict)
+    """MCP servers whose tools can be named in ``tools``: by a name of your choice, the options of ``mount_mcp``, such
+    as ``{shop: {server: [python, shop.py]}}``."""
     limits: RolloutLimits = field(default_factory=RolloutLimits)
     """Budgets of an episode."""
     seed: int = 0
@@ -105,6 +109,7 @@ def _evaluate(settings: EvalSettings) -> int:
     from opd_env.evaluation import evaluate, results_table
 
     import_files(settings.imports)
+    register_mcp_servers(settings.mcp_servers)
     tasks = [load_task(name, settings.split, **settings.task_options) for name in settings.task]
     engine, chat, model, weights = _open_any(settings)
     console = Console()
@@ -170,6 +175,7 @@ def _rollout(settings: RolloutSettings) -> int:
     from opd_env.store import save_trajectories
 
     import_files(settings.imports)
+    register_mcp_servers(settings.mcp_servers)
     task = load_task(settings.task, settings.split, **settings.task_options)
     last = min(settings.first + settings.problems, len(task))
     engine, chat, _ = _open(settings)
