@@ -21,8 +21,7 @@ Test it alone: ``pytest tests/trainer/test_loop.py``
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -45,13 +44,12 @@ from opd_env.trainer.held_out import HeldOut
 from opd_env.trainer.interruption import Interruption
 from opd_env.trainer.metrics import MetricsLog, read_metrics, rollout_metrics, teacher_metrics, token_metrics
 from opd_env.trainer.objective import OPDObjective, TokenValues
-from opd_env.trainer.order import problem_at
+from opd_env.trainer.order import StepProblems
 from opd_env.trainer.run_folder import RunFolder, git_state
 from opd_env.trainer.setup import Parts, make_accelerator, make_parts
 from opd_env.trainer.sft import expert_trajectories, sft
 from opd_env.trainer.state import Progress, restore, state_files
 from opd_env.trainer.update import TrainingError, Updater, learning_rate_at
-from opd_env.trajectory import Trajectory
 
 
 class OPDTrainer:
@@ -85,6 +83,12 @@ class OPDTrainer:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             tokens_per_microbatch=config.tokens_per_microbatch,
+        )
+        self.problems = StepProblems(
+            self.parts.task,
+            per_step=config.episodes_per_step // config.samples_per_problem,
+            samples=config.samples_per_problem,
+            seed=config.seed,
         )
         self.engine: Engine = self._engine(self.parts.student)
         self.checkpoints = Checkpoints(self.folder.path / "checkpoints", keep=config.checkpoint_keep)
@@ -141,7 +145,7 @@ class OPDTrainer:
         """Lets the teacher score a step's episodes and takes the step's updates; returns its metrics."""
         started = time.perf_counter()
         teacher_seconds, updates, seen, tokens = 0.0, [], [], []
-        for share in self._shares(step, played.trajectories):
+        for share in self.problems.shares(step, played.trajectories, self.config.updates_per_step):
             try:
                 self.objective.begin(share, progress=(step + 1) / self.config.steps)
                 updates.append(self.updater.update(self.objective.rows, self.objective, self._rate()))
@@ -180,7 +184,7 @@ class OPDTrainer:
         """This process's share of the step's episodes, by the student as it is."""
         config, accelerator = self.config, self.accelerator
         samples = config.samples_per_problem
-        mine = self._problems(step)[accelerator.process_index :: accelerator.num_processes]
+        mine = self.problems.of_step(step)[accelerator.process_index :: accelerator.num_processes]
         name = f"step_{step + 1:08d}" + (f"_process_{accelerator.process_index}" if accelerator.process_index else "")
         with TrajectoryWriter(self.folder.path / "trajectories", name, overwrite=True) as writer:
             result = rollout(
@@ -198,31 +202,6 @@ class OPDTrainer:
         for error in result.errors[:1]:
             self.display.warn(f"step {step + 1}: {len(result.errors)} episodes failed; the first: {error.message}")
         return result
-
-    def _problems(self, step: int) -> list[tuple[int, int]]:
-        """Index in the task of each of a step's problems, and how often it stood in the step before.
-
-        A problem stands twice where a step reaches into the next pass over the task, or is larger than the task.
-        """
-        count = self.config.episodes_per_step // self.config.samples_per_problem
-        places = range(step * count, (step + 1) * count)
-        indices = [problem_at(place, len(self.parts.task), self.config.seed) for place in places]
-        seen: Counter[int] = Counter()
-        problems = []
-        for index in indices:
-            problems.append((index, seen[index]))
-            seen[index] += 1
-        return problems
-
-    def _shares(self, step: int, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
-        """A step's episodes by update: blocks of its problems, the same for any number of processes."""
-        updates, problems = self.config.updates_per_step, self._problems(step)
-        offsets = {(self.parts.task[index].id, before): offset for offset, (index, before) in enumerate(problems)}
-        shares: list[list[Trajectory]] = [[] for _ in range(updates)]
-        for trajectory in trajectories:
-            before = trajectory.sample // self.config.samples_per_problem
-            shares[offsets[trajectory.example_id, before] * updates // len(problems)].append(trajectory)
-        return shares
 
     def _rate(self) -> float:
         config = self.config

@@ -199,7 +199,7 @@ def test_a_step_larger_than_its_task_samples_every_problem_anew(tmp_path):
     episodes = load_trajectories(Path(config.output) / "trajectories")
     assert len({(one.example_id, one.sample) for one in episodes}) == len(episodes) == 32
     assert len({tuple(one.token_ids.tolist()) for one in episodes}) == 32
-    shares = trainer._shares(0, list(episodes))
+    shares = trainer.problems.shares(0, list(episodes), 4)
     assert [len(share) for share in shares] == [8, 8, 8, 8]
     for share in shares:  # a problem's two episodes stay together
         groups = [(one.example_id, one.sample // 2) for one in share]
