@@ -35,7 +35,7 @@ from opd_env.store import load_trajectories
 from opd_env.trainer import OPDConfig, OPDTrainer
 from opd_env.trainer.metrics import read_metrics
 
-STEPS, EPISODES = 5, 4
+STEPS, EPISODES = 8, 4
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 _STUDENT, _TEACHER = (load_model(f"packaged:{name}") for name in ("student", "teacher"))
 
@@ -55,23 +55,18 @@ def main() -> int:
         print(f"an undisturbed life: {seconds:.2f} s, {changes} changes of the disk")
         count = changes if options.changes == "all" else min(changes, int(options.changes))
         trials: list[list[tuple[float, int]]] = [[(0.0, at)] for at in sorted(rng.sample(range(1, changes + 1), count))]
-        left = options.moments
-        while left > 0:
-            kills = min(left, rng.randint(1, 3))
-            trials.append([(rng.uniform(0, seconds), 0) for _ in range(kills)])
-            left -= kills
-        found, hits = [], Counter[str]()
-        for number, kills_of_trial in enumerate(trials):
+        found, hits, runs = [], Counter[str](), 0
+        while trials or hits.total() < options.moments + count:
+            kills = trials.pop(0) if trials else [(rng.uniform(0, seconds), 0) for _ in range(rng.randint(1, 3))]
             shutil.rmtree(other, ignore_errors=True)
-            for after, change in kills_of_trial:
-                killed = _live(other, kill_after=None if change else after, kill_at=change)
-                hits[_where(other) if killed else "nothing to kill any more"] += 1
+            for after, change in kills:
+                if _live(other, kill_after=None if change else after, kill_at=change):
+                    hits[_where(other)] += 1
             problems = [] if _live(other) is False else ["the last life failed"]
             problems = problems or differences(straight, other)
-            found += [f"trial {number} {kills_of_trial}: {problem}" for problem in problems]
-    print(
-        f"{sum(hits.values())} kills in {len(trials)} runs, {time.perf_counter() - started:.0f} s; each time there was"
-    )
+            found += [f"run {runs} {kills}: {problem}" for problem in problems]
+            runs += 1
+    print(f"{hits.total()} kills in {runs} runs, {time.perf_counter() - started:.0f} s; each time there was")
     print("\n".join(f"  {count:4d}  {where}" for where, count in sorted(hits.items())))
     print(f"{len(found)} differences from the undisturbed run", *found, sep="\n")
     return 1 if found else 0
@@ -130,20 +125,31 @@ def _where(run: Path) -> str:
 
 def _measure(run: Path) -> tuple[float, int]:
     """Plays an undisturbed life; returns its seconds and how often it changes the disk."""
-    counter = run.with_suffix(".changes")
-    started = time.perf_counter()
-    if _live(run, count_into=counter) is not False:
+    measured = run.with_suffix(".json")
+    if _live(run, measure_into=measured) is not False:
         raise SystemExit("the undisturbed run failed")
-    return time.perf_counter() - started, int(counter.read_text())
+    seconds, changes = json.loads(measured.read_text())
+    return seconds, changes
 
 
 def _live(
-    run: Path, *, kill_after: float | None = None, kill_at: int = 0, count_into: Path | None = None
+    run: Path, *, kill_after: float | None = None, kill_at: int = 0, measure_into: Path | None = None
 ) -> bool | None:
-    """One process from start to end; True when it was killed, False when it finished, None when it failed."""
+    """One process from start to end; True when it was killed, False when it finished, None when it failed.
+
+    Args:
+        run: its folder.
+        kill_after: seconds from the moment when it begins to train.
+        kill_at: the change of the disk that it does not live to make, from 1; 0 for none.
+        measure_into: where to leave the seconds that it took and the changes that it made.
+    """
+    ready, begins = os.pipe()
     child = os.fork()
     if child == 0:
-        os._exit(_child(run, kill_at, count_into))
+        os._exit(_child(run, begins, kill_at, measure_into))
+    os.close(begins)
+    os.read(ready, 1)
+    os.close(ready)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
@@ -151,7 +157,7 @@ def _live(
     return True if code == -signal.SIGKILL else False if code == 0 else None
 
 
-def _child(run: Path, kill_at: int, count_into: Path | None) -> int:
+def _child(run: Path, begins: int, kill_at: int, measure_into: Path | None) -> int:
     """The life of a run: nothing is shown unless it fails."""
     changes = 0
 
@@ -172,13 +178,16 @@ def _child(run: Path, kill_at: int, count_into: Path | None) -> int:
     log = os.dup(2)
     os.dup2(shown, 2)
     try:
-        OPDTrainer(_config(run), student=_STUDENT, teacher=_TEACHER).train()
+        trainer = OPDTrainer(_config(run), student=_STUDENT, teacher=_TEACHER)
+        os.write(begins, b".")
+        started = time.perf_counter()
+        trainer.train()
     except BaseException:
         os.dup2(log, 2)
         traceback.print_exc()
         return 1
-    if count_into is not None:
-        count_into.write_text(str(changes))
+    if measure_into is not None:
+        measure_into.write_text(json.dumps([time.perf_counter() - started, changes]))
     return 0
 
 

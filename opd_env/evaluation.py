@@ -140,7 +140,8 @@ def evaluate(
         (index, sample) for key, index in index_of.items() for sample in range(samples) if (key, sample) not in finished
     ]
     errors: list[EpisodeError] = []
-    if missing:
+    journal = folder is not None and (Path(folder) / f"{_TRAJECTORIES}{JOURNAL}").exists()  # a kill prevented its end
+    if missing or journal:
         with ExitStack() as stack:
             writer = None if folder is None else stack.enter_context(TrajectoryWriter(folder, _TRAJECTORIES))
 

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd_env.models import split_model
 from opd_env.trajectory import TokenKind, Trajectory
@@ -173,13 +176,20 @@ class PolicyModule(nn.Module):
     Args:
         model: a Hugging Face causal language model, or a peft wrapper of one.
         vocab_size: tokens of the tokenizer. Rows of the head beyond it are padding, and get no probability.
+        gradient_checkpointing: keep only the input of every layer for the backward pass and compute the rest again.
+
+    Raises:
+        ValueError: the model has no layers that can be computed again.
     """
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    def __init__(self, model: Any, vocab_size: int, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+        self._recomputed = _recomputed_layers(model) if gradient_checkpointing else []
         decoder, head = split_model(model)
         self.model = model
         self.vocab_size = vocab_size
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # what FSDP2 shards one by one
         self._parts = (decoder, head)  # In a tuple, so that no parameter is registered twice.
 
     def forward(self, batch: MicroBatch, score: Callable[[Tensor, Head], Result]) -> Result:
@@ -190,11 +200,29 @@ class PolicyModule(nn.Module):
             score: called with the hidden states and the head, which gives logits ``[N, vocab_size]``.
         """
         decoder, _ = self._parts
+        for layer in self._recomputed:
+            layer.training = True
         # Causal attention never looks right, so padding on the right needs no mask to be exact.
         hidden_BTH = decoder(input_ids=batch.token_ids_BT, use_cache=False).last_hidden_state
+        for layer in self._recomputed:
+            layer.training = False
         return score(hidden_BTH[batch.row_N, batch.column_N], self.head)
 
     def head(self, hidden_NH: Tensor) -> Tensor:
         """Logits ``[N, vocab_size]`` of hidden states ``[N, H]``."""
         logits_NV = self._parts[1](hidden_NH)
         return logits_NV if logits_NV.shape[-1] == self.vocab_size else logits_NV[..., : self.vocab_size]
+
+
+def _recomputed_layers(model: Any) -> list[nn.Module]:
+    """The layers of a transformers model, told to compute themselves again in the backward pass.
+
+    They do so while they are in training mode. Their parts never are: dropout stays off, as in sampling.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no layers that can be computed again")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    return layers

@@ -95,10 +95,7 @@ class Checkpoints:
                 f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}; {before}; free space, "
                 "then start the same command again to continue"
             ) from error
-        steps = self.steps()
-        sound = [other for other in steps if other <= step]  # a later one was damaged, or this run would be further
-        for old in set(steps) - set(sound[-self._keep :]):
-            shutil.rmtree(self._path(old), ignore_errors=True)
+        self._remove_all_but_the_last(step)
         return Checkpoint(final, step)
 
     def steps(self) -> list[int]:
@@ -109,7 +106,7 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdigit())
 
     def newest(self) -> Checkpoint | None:
-        """The newest sound checkpoint. Damaged ones are left out, with a warning that says what is wrong.
+        """The newest sound checkpoint, to continue from. Later ones are damaged: they are removed, with a warning.
 
         Raises:
             CheckpointError: there are checkpoints, and none of them is sound.
@@ -119,6 +116,7 @@ class Checkpoints:
             folder = self._path(step)
             problem = find_damage(folder)
             if problem is None:
+                self._remove_all_but_the_last(step)
                 return Checkpoint(folder, step)
             logger.warning("the checkpoint %s is damaged (%s); the one before it is used", folder, problem)
         if steps:
@@ -126,6 +124,12 @@ class Checkpoints:
                 f"all checkpoints in {self.folder} are damaged; remove the folder, or start anew with --resume never"
             )
         return None
+
+    def _remove_all_but_the_last(self, newest: int) -> None:
+        """Removes checkpoints older than the last ``keep`` up to ``newest``, which is sound, and those after it."""
+        steps = self.steps()
+        for step in set(steps) - set([step for step in steps if step <= newest][-self._keep :]):
+            shutil.rmtree(self._path(step), ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step:08d}"

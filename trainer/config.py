@@ -155,6 +155,8 @@ class OPDConfig:
     """Optimiser updates per step, each on its own share of the problems; 1 or more."""
     tokens_per_microbatch: int = 8192
     """Padded tokens in one forward and backward pass, 1 or more; memory and padding, not results, depend on it."""
+    gradient_checkpointing: bool = False
+    """Compute every layer again in the backward pass instead of keeping it: less memory, a third more work."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW, above 0."""
     weight_decay: float = 0.0

@@ -13,7 +13,7 @@ One step:
 3. update: OPD+ advantages of the sampled tokens (or exact sums over the vocabulary), one AdamW step
 4. log, and now and then evaluate and write a checkpoint
 
-What this loop does not do: sampling with another engine than the local one, sharded models, asynchronous rollouts.
+What this loop does not do: sampling with another engine than the local one, asynchronous rollouts.
 
 Test it alone: ``pytest tests/trainer/test_loop.py``
 """
@@ -78,7 +78,11 @@ class OPDTrainer:
         self.parts: Parts = make_parts(config, self.accelerator.device, student=student, teacher=teacher)
         self.objective = OPDObjective(config, self.parts.teachers.scorer, self.parts.chat.vocab_size)
         self.updater = Updater(
-            PolicyModule(self.parts.student.model, self.parts.chat.vocab_size),
+            PolicyModule(
+                self.parts.student.model,
+                self.parts.chat.vocab_size,
+                gradient_checkpointing=config.gradient_checkpointing,
+            ),
             self.accelerator,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,

@@ -115,8 +115,10 @@ class RunFolder:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _check(self) -> None:
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists():
             return
+        if self.path.is_dir() and all(path.name.endswith(UNFINISHED) for path in self.path.iterdir()):
+            return  # empty, or its process was killed at once
         file = self.path / "config.yaml"
         if not file.is_file():
             raise ConfigError(

@@ -101,7 +101,7 @@ def make_accelerator(config: OPDConfig) -> Any:
     """An ``accelerate.Accelerator`` with the trackers that the settings name.
 
     Raises:
-        ConfigError: a tracker is unknown or not installed.
+        ConfigError: a tracker is unknown or not installed, or ``accelerate`` is set up for what cannot be right here.
     """
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
@@ -113,6 +113,17 @@ def make_accelerator(config: OPDConfig) -> Any:
             raise ConfigError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
     folders = ProjectConfiguration(project_dir=config.output, logging_dir=f"{config.output}/trackers")
     accelerator = Accelerator(log_with=list(config.trackers) or None, project_config=folders)
+    kind, version = accelerator.distributed_type, 2 if accelerator.is_fsdp2 else 1
+    if kind == "DEEPSPEED" or (kind == "FSDP" and version == 1):
+        raise ConfigError(
+            f"accelerate is set up for {kind}{'1' if kind == 'FSDP' else ''}, which does not fit micro-batches whose "
+            "number differs from step to step and process to process; shard the model with FSDP2: "
+            "configs/accelerate/fsdp2.yaml"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ConfigError(
+            f"accelerate is set up for mixed precision {accelerator.mixed_precision}; expected no or bf16"
+        )
     problems = config.episodes_per_step // config.samples_per_problem
     if problems < accelerator.num_processes:
         raise ConfigError(

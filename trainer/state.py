@@ -27,9 +27,10 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_env.trainer.checkpoint import Checkpoint, CheckpointError
-from opd_env.trainer.update import Updater
+from opd_env.trainer.update import Updater, whole
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -48,9 +49,9 @@ class Progress:
 
 def state_files(updater: Updater, progress: Progress) -> dict[str, Callable[[Path], Any]]:
     """The files of a checkpoint, for ``Checkpoints.save``. Every process calls it; one of them saves."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in updater.parameters.items()}
+    weights = {name: whole(value.detach()).cpu().contiguous() for name, value in updater.parameters.items()}
     optimizer = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
+        f"{name}/{key}": whole(value.detach()).cpu().contiguous()
         for name, parameter in updater.parameters.items()
         for key, value in updater.optimizer.state[parameter].items()
     }
@@ -76,7 +77,8 @@ def restore(updater: Updater, checkpoint: Checkpoint) -> Progress:
         )
     with torch.no_grad():
         for name, value in updater.parameters.items():
-            value.copy_(weights[name])
+            value.copy_(_shared_out(weights[name], value))
+    updater.gather()
     optimizer: dict[str, dict[str, Tensor]] = {}
     for path, value in load_file(checkpoint.folder / _OPTIMIZER).items():
         name, _, key = path.rpartition("/")
@@ -84,7 +86,7 @@ def restore(updater: Updater, checkpoint: Checkpoint) -> Progress:
     for name, entries in optimizer.items():
         parameter = updater.parameters[name]
         updater.optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
+            key: value if key == "step" else _shared_out(value, parameter) for key, value in entries.items()
         }
     state = json.loads((checkpoint.folder / _STATE).read_text(encoding="utf-8"))
     progress = Progress(**state["progress"])
@@ -93,6 +95,12 @@ def restore(updater: Updater, checkpoint: Checkpoint) -> Progress:
     if rank < len(state["random"]):
         _restore_random_state(state["random"][rank])
     return progress
+
+
+def _shared_out(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` on the device of ``like``, and sharded as ``like`` is."""
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
 
 
 def _random_state() -> dict[str, Any]:

@@ -17,6 +17,7 @@ Test it alone: ``pytest tests/trainer/test_update.py``
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 
 from opd_env.errors import UserError
 from opd_env.trainer.batch import Head, MicroBatch, PolicyModule, Row, make_batch, num_sampled, pack
@@ -54,6 +57,9 @@ class Update:
 class Updater:
     """The policy, its optimiser, and how far they are.
 
+    Under FSDP2 every process trains its shard of a copy, and the given policy receives the whole weights after every
+    update: whatever samples with it, evaluates or saves it needs to know nothing of shards.
+
     Args:
         policy: the student. It stays in evaluation mode: it is trained as the policy that it samples with.
         accelerator: of ``accelerate``; one device or many.
@@ -75,10 +81,20 @@ class Updater:
         self.updates = 0
         self._max_grad_norm = max_grad_norm
         self._tokens_per_microbatch = tokens_per_microbatch
-        self.parameters = {name: value for name, value in policy.model.named_parameters() if value.requires_grad}
-        """What is trained, by name."""
-        optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, weight_decay=weight_decay, fused=True)
+        self.parameters = _trained(policy)
+        """What is trained, by name; shards under FSDP2."""
+        self._whole: dict[str, Tensor] | None = None
+        if accelerator.is_fsdp2:
+            self._whole = self.parameters
+            policy = PolicyModule(
+                copy.deepcopy(policy.model),
+                policy.vocab_size,
+                gradient_checkpointing=policy.gradient_checkpointing,
+            )
+        optimizer = torch.optim.AdamW(_trained(policy).values(), lr=0.0, weight_decay=weight_decay, fused=True)
         self.policy, self.optimizer = accelerator.prepare(policy.eval(), optimizer)
+        if self._whole is not None:
+            self.parameters = _trained(self.policy)
 
     def update(self, rows: Sequence[Row], objective: Objective, learning_rate: float) -> Update:
         """Takes one optimiser step on this process's ``rows``.
@@ -109,7 +125,7 @@ class Updater:
                 accelerator.backward(loss)
             total += loss.detach()
         loss_value = float(accelerator.reduce(total, reduction="mean").item())
-        grad_norm = float(accelerator.clip_grad_norm_(self.policy.parameters(), self._max_grad_norm))
+        grad_norm = float(whole(clip_grad_norm_(self.parameters.values(), self._max_grad_norm)))
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
             what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradient norm is {grad_norm}"
@@ -121,13 +137,30 @@ class Updater:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.gather()
         self.updates += 1
         return Update(loss_value, grad_norm, learning_rate, num_tokens)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Gives the policy that was handed in the weights as they are. Every process calls it."""
+        for name, value in (self._whole or {}).items():
+            value.copy_(whole(self.parameters[name]))
 
     def forget(self) -> None:
         """Starts the optimiser anew, with the weights as they are."""
         self.optimizer.state.clear()
         self.updates = 0
+
+
+def whole(value: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is sharded. Every process calls it."""
+    full: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    return full
+
+
+def _trained(policy: PolicyModule) -> dict[str, Tensor]:
+    return {name: value for name, value in policy.model.named_parameters() if value.requires_grad}
 
 
 _IDLE = make_batch([Row(np.zeros(2, dtype=np.int32), np.array([False, True]))])

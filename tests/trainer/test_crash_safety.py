@@ -160,6 +160,13 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_folder_that_a_kill_left_empty_is_a_new_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.77.unfinished").touch()
+    RunFolder(toy_config(tmp_path / "run")).open()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
 def test_episodes_of_steps_that_are_taken_again_are_forgotten(tmp_path):
     """A run on two processes was killed in step 3 and goes on alone: the second process's episodes must not stay."""
     folder = RunFolder(toy_config(tmp_path / "run"))

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from io import StringIO
@@ -387,38 +385,3 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="does not fit the student"):
         OPDTrainer(toy_config(tmp_path / "run"), student=loaded(1, "student"), teacher=teacher)
     assert not (tmp_path / "run").exists()
-
-
-_TWO = """
-import sys
-from tests.trainer.test_loop import trainer_of, two_updates
-trainer_of(two_updates(sys.argv[1])).train()
-"""
-
-
-def two_updates(folder):
-    return toy_config(folder, estimator="sampled", updates_per_step=2, episodes_per_step=6, eval_every=2)
-
-
-@pytest.mark.slow
-def test_a_run_on_two_processes_learns_what_one_learns(tmp_path):
-    """Rollouts, teacher scores, two updates per step, evaluations: the same weights up to float32 rounding."""
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    script = tmp_path / "script.py"
-    script.write_text(_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    running = subprocess.Popen([*command, str(tmp_path / "two")], env=environment, cwd=root)
-    trainer = trainer_of(two_updates(tmp_path / "one"))
-    trainer.train()
-    assert running.wait(timeout=240) == 0
-    model = load_model(str(tmp_path / "two" / "model")).model
-    for name, value in model.named_parameters():
-        torch.testing.assert_close(value, trainer.updater.parameters[name], rtol=0, atol=5e-6, msg=name)
-    one, two = (
-        [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "train/loss" in row]
-        for name in ("one", "two")
-    )
-    for left, right in zip(one, two, strict=True):
-        for name in ("teacher/kl", "train/loss", "train/grad_norm", "rollout/sampled_tokens"):
-            assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-5)

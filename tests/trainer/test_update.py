@@ -2,10 +2,6 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -109,44 +105,3 @@ def test_learning_rates_follow_warm_up_and_schedule():
     assert rates(Schedule.CONSTANT) == [0.5, 1, 1, 1, 1, 1]
     assert rates(Schedule.LINEAR) == [0.5, 1, 1, 0.75, 0.5, 0.25]
     assert rates(Schedule.COSINE) == pytest.approx([0.5, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
-
-
-_SCRIPT = """
-import sys, torch
-from accelerate import Accelerator
-from opd_env.trainer.sft import supervised_objective
-from opd_env.trainer.batch import PolicyModule, row_of
-from opd_env.trainer.update import Updater
-from tests.trainer.test_update import TRAJECTORIES, VOCABULARY, double_model
-
-accelerator = Accelerator(cpu=True)
-rank, processes = accelerator.process_index, accelerator.num_processes
-model = double_model()
-updater = Updater(PolicyModule(model, VOCABULARY), accelerator, tokens_per_microbatch=30)
-mine = [row_of(one) for one in TRAJECTORIES][rank::processes]
-shown = [updater.update(mine, supervised_objective, 1e-2) for _ in range(3)]
-if accelerator.is_main_process:
-    torch.save({"weights": model.state_dict(), "loss": shown[-1].loss, "tokens": shown[-1].num_tokens}, sys.argv[1])
-accelerator.end_training()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_with_unequal_shares_give_the_weights_of_one(tmp_path):
-    """7 episodes over 2 processes, in different numbers of micro-batches: the same update to 1e-9."""
-    script = tmp_path / "script.py"
-    script.write_text(_SCRIPT)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(script), str(tmp_path / "two.pt")]
-    running = subprocess.Popen(command, env=environment, cwd=root)
-    model = double_model()
-    updater = updater_of(model)
-    shown = [updater.update([row_of(one) for one in TRAJECTORIES], supervised_objective, 1e-2) for _ in range(3)]
-    assert running.wait(timeout=180) == 0
-    two = torch.load(tmp_path / "two.pt")
-    assert two["tokens"] == shown[-1].num_tokens == sum(trajectory.num_sampled for trajectory in TRAJECTORIES)
-    assert two["loss"] == pytest.approx(shown[-1].loss, rel=1e-6)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, two["weights"][name], rtol=1e-9, atol=1e-11, msg=name)

@@ -1,0 +1,89 @@
+"""What ``test_distributed.py`` starts on several processes: the same five updates under DDP and FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
+
+from opd_env.trainer.batch import PolicyModule, row_of
+from opd_env.trainer.checkpoint import Checkpoints
+from opd_env.trainer.sft import supervised_objective
+from opd_env.trainer.state import Progress, restore, state_files
+from opd_env.trainer.update import Updater
+from tests.core.tiny import tiny_llama, tiny_tokenizer
+from tests.trainer.toy import made_trajectory
+
+TRAJECTORIES = [made_trajectory(seed, prompt=3 + seed, turns=(1 + seed % 4, 2)) for seed in range(7)]
+"""Seven of different lengths: no number of processes from 2 to 6 shares them out evenly."""
+KINDS = ("ddp", "ddp-recomputed", "fsdp2", "fsdp2-recomputed", "fsdp2-lora", "fsdp2-tied")
+
+
+def accelerator_of(kind: str) -> Any:
+    """An accelerator that uses FSDP2 where ``kind`` says so: by itself ``accelerate`` does that on GPUs only.
+
+    Its settings are those of the environment variables that ``accelerate launch`` sets.
+    """
+    accelerator = Accelerator(cpu=True)
+    sharded = "fsdp2" in kind
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP if sharded else DistributedType.MULTI_CPU
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"]
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin() if sharded else None
+    return accelerator
+
+
+def updater_of(kind: str, accelerator: Any, seed: int = 3) -> Updater:
+    """A double-precision model under the given kind of parallelism, split into micro-batches of 30 tokens."""
+    model: Any = tiny_llama(seed=seed, initializer_range=0.2, tie_word_embeddings="tied" in kind).double()
+    if "lora" in kind:
+        torch.manual_seed(seed)
+        adapters = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(model, adapters).eval().double()
+    policy = PolicyModule(model, len(tiny_tokenizer()), gradient_checkpointing="recomputed" in kind)
+    return Updater(policy, accelerator, tokens_per_microbatch=30)
+
+
+def train(updater: Updater, updates: int) -> Any:
+    """Updates on this process's share of the trajectories; returns the last."""
+    rank, processes = updater.accelerator.process_index, updater.accelerator.num_processes
+    mine = [row_of(one) for one in TRAJECTORIES][rank::processes]
+    return [updater.update(mine, supervised_objective, 1e-2) for _ in range(updates)][-1]
+
+
+def main(folder: Path) -> None:
+    """Leaves ``KIND.pt`` with the whole weights for every kind, and a checkpoint that FSDP2 wrote."""
+    found = {}
+    for kind in KINDS:
+        accelerator = accelerator_of(kind)
+        updater = updater_of(kind, accelerator)
+        if kind == "fsdp2":  # stopped after two updates, and continued from other weights
+            train(updater, 2)
+            files = state_files(updater, Progress("hash", 2, updater.updates, 0.0))
+            if accelerator.is_main_process:
+                Checkpoints(folder / "checkpoints").save(2, files)
+            accelerator.wait_for_everyone()
+            updater = updater_of(kind, accelerator, seed=99)
+            restore(updater, Checkpoints(folder / "checkpoints").newest())  # type: ignore[arg-type]
+            update = train(updater, 3)
+        else:
+            update = train(updater, 5)
+        weights = updater._whole or updater.parameters
+        found[kind] = {"loss": update.loss, "grad_norm": update.grad_norm, "tokens": update.num_tokens}
+        found[kind]["shards"] = sorted({type(value).__name__ for value in updater.parameters.values()})
+        if accelerator.is_main_process:
+            torch.save({name: value.detach().clone() for name, value in weights.items()}, folder / f"{kind}.pt")
+    if accelerator.is_main_process:
+        (folder / "found.json").write_text(json.dumps(found))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    main(Path(sys.argv[1]))

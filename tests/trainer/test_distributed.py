@@ -1,0 +1,181 @@
+"""Any number of processes, whole or sharded weights, kept or recomputed activations: the same update."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from opd_env.configuration import ConfigError
+from opd_env.models import load_model
+from opd_env.trainer.checkpoint import Checkpoints
+from opd_env.trainer.metrics import read_metrics
+from opd_env.trainer.setup import make_accelerator
+from opd_env.trainer.state import restore
+from tests.trainer.distributed_updates import KINDS, TRAJECTORIES, train, updater_of
+from tests.trainer.test_loop import trainer_of
+from tests.trainer.toy import toy_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "accelerate"
+
+
+def launcher_environment(name):
+    """What ``accelerate launch --config_file`` sets in the processes that it starts."""
+    config = load_config_from_file(str(CONFIGS / name))
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / name), "script.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    assert arguments.num_processes == config.num_processes
+    return prepare_multi_gpu_env(arguments)
+
+
+@pytest.fixture(scope="module")
+def sharding():
+    """The variables of the shipped FSDP2 configuration."""
+    return {name: value for name, value in launcher_environment("fsdp2.yaml").items() if "FSDP" in name}
+
+
+def launch(processes, script, *arguments, environment=None):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
+    return subprocess.Popen([*command, str(script), *map(str, arguments)], env={**os.environ, **settings}, cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_kind_of_parallelism_gives_the_weights_of_one_process(tmp_path, sharding, processes):
+    """Seven episodes in different numbers of micro-batches on every process, five updates: equal to 1e-9."""
+    running = launch(processes, ROOT / "tests/trainer/distributed_updates.py", tmp_path, environment=sharding)
+    alone = {}
+    for kind in KINDS:
+        updater = updater_of(kind, Accelerator(cpu=True))
+        alone[kind] = train(updater, 5), updater.parameters
+    assert running.wait(timeout=250) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    for kind, (update, parameters) in alone.items():
+        assert found[kind]["tokens"] == update.num_tokens == sum(one.num_sampled for one in TRAJECTORIES)
+        assert found[kind]["loss"] == pytest.approx(update.loss, rel=1e-6), kind
+        assert found[kind]["grad_norm"] == pytest.approx(update.grad_norm, rel=1e-6), kind
+        assert found[kind]["shards"] == (["DTensor"] if "fsdp2" in kind else ["Parameter"])
+        weights = torch.load(tmp_path / f"{kind}.pt")
+        assert weights.keys() == parameters.keys()
+        for name, value in parameters.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-9, atol=1e-10, msg=f"{kind} {name}")
+    for one, other in (("ddp", "ddp-recomputed"), ("fsdp2", "fsdp2-recomputed")):
+        assert found[one] == found[other]
+    # A checkpoint of sharded weights continues on any number of processes.
+    updater = updater_of("ddp", Accelerator(cpu=True), seed=99)
+    assert restore(updater, Checkpoints(tmp_path / "checkpoints").newest()).updates == 2
+    train(updater, 3)
+    for name, value in updater.parameters.items():
+        torch.testing.assert_close(value, alone["ddp"][1][name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_the_shipped_fsdp2_configuration_shards_and_keeps_full_precision(sharding, monkeypatch):
+    for name, value in sharding.items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.cpu_ram_efficient_loading is False
+    assert plugin.activation_checkpointing is False
+    assert plugin.mixed_precision_policy is None
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_accelerate_understands_every_shipped_configuration(name):
+    environment = launcher_environment(name)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+def test_recomputing_layers_changes_no_bit_of_the_update_and_really_happens():
+    weights, passes = [], []
+    for kind in ("ddp", "ddp-recomputed"):
+        updater = updater_of(kind, Accelerator(cpu=True))
+        seen = []
+        updater.policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        train(updater, 3)
+        passes.append(len(seen))
+        weights.append({name: value.detach().clone() for name, value in updater.parameters.items()})
+    assert passes[1] == 2 * passes[0]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not any(module.training for module in updater.policy.modules())
+
+
+def test_bf16_computes_in_bf16_and_keeps_the_weights_in_float32():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        updater = updater_of("ddp", Accelerator(cpu=True, mixed_precision="bf16"))
+        updater.policy.float()
+        update = train(updater, 1)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert {value.dtype for value in updater.parameters.values()} == {torch.float32}
+    reference = train(updater_of("ddp", Accelerator(cpu=True)), 1)
+    assert update.loss == pytest.approx(reference.loss, rel=1e-2)
+    assert abs(update.loss - reference.loss) > 1e-6
+
+
+_RUN = """
+import sys
+from tests.trainer.distributed_updates import accelerator_of
+from tests.trainer.test_distributed import small_run
+from tests.trainer.test_loop import trainer_of
+
+accelerator_of(sys.argv[2])
+trainer_of(small_run(sys.argv[1])).train()
+"""
+
+
+def small_run(folder, **changes):
+    return toy_config(folder, estimator="sampled", updates_per_step=2, episodes_per_step=6, eval_every=2, **changes)
+
+
+def steps_of(folder):
+    return [row for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_run_on_two_processes_learns_what_one_learns(tmp_path, sharding, kind):
+    """Rollouts, teacher scores, two updates per step, evaluations, a saved model."""
+    script = tmp_path / "script.py"
+    script.write_text(_RUN)
+    two, one = tmp_path / "two", tmp_path / "one"
+    running = launch(2, script, two, kind, environment={**sharding, "ACCELERATE_USE_CPU": "true"})
+    trainer = trainer_of(small_run(one))
+    trainer.train()
+    assert running.wait(timeout=240) == 0
+    model = load_model(str(two / "model")).model
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, trainer.updater.parameters[name], rtol=0, atol=5e-6, msg=name)
+    for left, right in zip(steps_of(one), steps_of(two), strict=True):
+        for name in ("teacher/kl", "train/loss", "train/grad_norm", "rollout/sampled_tokens"):
+            assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp2", "precision", "reason"),
+    [
+        ("DEEPSPEED", False, "no", "set up for DEEPSPEED, which does not fit .* configs/accelerate/fsdp2.yaml"),
+        ("FSDP", False, "no", "set up for FSDP1, which does not fit"),
+        ("FSDP", True, "fp16", "mixed precision fp16; expected no or bf16"),
+    ],
+)
+def test_what_accelerate_cannot_do_right_here_is_refused(tmp_path, monkeypatch, kind, fsdp2, precision, reason):
+    made = SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, mixed_precision=precision, num_processes=2)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: made)
+    with pytest.raises(ConfigError, match=reason):
+        make_accelerator(toy_config(tmp_path / "run"))
