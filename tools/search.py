@@ -10,7 +10,13 @@ Worked example::
     # '[1] Kabul: Kabul is the capital city of Afghanistan.'
 
 Passages come as dictionaries with ``text`` and optionally ``title`` (other fields are ignored): a list, a
-``datasets.Dataset``, or the path of a JSONL file. A student sees one passage a line, the best first; of equal
+``datasets.Dataset``, or the path of a JSONL file. A large index is made once and then mapped into memory, which takes
+a moment whatever its size, and which processes share::
+
+    BM25Index(load_passages("wikipedia.jsonl")).save("wikipedia.index")
+    make_search_tool("wikipedia.index")
+
+A student sees one passage a line, the best first; of equal
 scores the one that stands first in the corpus. Passages that share no word with the query are never shown.
 
 Test it alone: ``pytest tests/tools/test_search.py``
@@ -19,7 +25,9 @@ Test it alone: ``pytest tests/tools/test_search.py``
 from __future__ import annotations
 
 import json
+import mmap
 import re
+import tempfile
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +41,10 @@ MAX_QUERY_CHARS = 1000
 """Characters of a query that are read."""
 MAX_PASSAGE_CHARS = 800
 """Characters of one passage that are shown."""
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# C0 and C1 control characters, and what turns the direction of writing.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_FORMAT = {"format": "opd-env BM25 index", "version": 1}
+_SAMPLE_EVERY = 32
 
 PassageRows = Iterable[Mapping[str, Any]]
 
@@ -86,11 +97,80 @@ class BM25Index(SearchIndex):
             return []
         scores = self._bm25.get_scores(known)
         found = np.flatnonzero(scores > 0)
+        if len(found) > _SAMPLE_EVERY * k:
+            # The k-th best of a part is not better than the k-th best of all: this drops nearly all, and none of ours.
+            found = found[scores[found] >= np.partition(scores[found[::_SAMPLE_EVERY]], -k)[-k]]
         if len(found) > k:
-            # All that reach the k-th best score, so that ties can be broken by position below.
-            found = found[scores[found] >= np.partition(scores[found], -k)[-k]]
-        best = found[np.argsort(-scores[found], kind="stable")][:k]
+            last = np.partition(scores[found], -k)[-k]
+            better = found[scores[found] > last]
+            found = np.concatenate([better, found[scores[found] == last][: k - len(better)]])
+        best = found[np.argsort(-scores[found], kind="stable")]
         return [self._passages[index] for index in best]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the index and its passages into a new folder, whole or not at all.
+
+        Raises:
+            FileExistsError: there is something already.
+        """
+        import numpy as np
+
+        final = Path(folder)
+        if final.exists():
+            raise FileExistsError(f"{final} exists already; remove it, or choose another folder")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as unfinished:
+            inside = Path(unfinished) / "index"
+            self._bm25.save(inside)
+            offsets = [0]
+            with (inside / "passages.jsonl").open("wb") as lines:
+                for passage in self._passages:
+                    row = {"title": passage.title, "text": passage.text}
+                    offsets.append(offsets[-1] + lines.write(json.dumps(row).encode() + b"\n"))
+            np.save(inside / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+            (inside / "about.json").write_text(json.dumps({**_FORMAT, "passages": len(self._passages)}) + "\n")
+            inside.rename(final)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BM25Index:
+        """Maps a saved index into memory; nothing is read before it is needed.
+
+        Raises:
+            ValueError: the folder holds no index that ``save`` wrote whole.
+        """
+        import bm25s
+
+        folder = Path(folder)
+        index = cls.__new__(cls)
+        try:
+            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            if about != {**_FORMAT, "passages": about.get("passages")}:
+                raise ValueError(f"about.json holds {about}, expected {_FORMAT}")
+            index._passages = _SavedPassages(folder, about["passages"])
+            index._bm25 = bm25s.BM25.load(folder, mmap=True)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{folder} holds no search index: {error}; make it anew with BM25Index.save") from error
+        return index
+
+
+class _SavedPassages(Sequence[Passage]):
+    """The passages of a saved index, each read from the disk when it is asked for."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        import numpy as np
+
+        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        with (folder / "passages.jsonl").open("rb") as file:
+            self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(self._offsets) != count + 1 or self._offsets[-1] != len(self._lines):
+            raise ValueError(f"its passages are not the {count} that were saved")
+
+    def __getitem__(self, index: Any) -> Any:
+        start, stop = self._offsets[index : index + 2]
+        return Passage(**json.loads(self._lines[start:stop]))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
 
 
 class ExactIndex(SearchIndex):
@@ -110,7 +190,8 @@ def make_search_tool(
     """Searches passages that are given, by keywords (BM25).
 
     Args:
-        passages: rows with ``text`` and optionally ``title``, the path of a JSONL file of such rows, or an index.
+        passages: rows with ``text`` and optionally ``title``, the path of a JSONL file of such rows, an index, or the
+            folder of a saved one.
         k: results when the student does not say how many.
         max_k: most results; a student's ``k`` is brought into 1..max_k instead of refused.
         name: of the tool.
@@ -121,7 +202,12 @@ def make_search_tool(
     """
     if not 1 <= k <= max_k:
         raise ValueError(f"k={k} and max_k={max_k}, expected 1 <= k <= max_k")
-    index = passages if isinstance(passages, SearchIndex) else BM25Index(load_passages(passages))
+    if isinstance(passages, SearchIndex):
+        index = passages
+    elif isinstance(passages, str | Path) and Path(passages).is_dir():
+        index = BM25Index.load(passages)
+    else:
+        index = BM25Index(load_passages(passages))
     default_k = k
 
     @tool(name=name, deterministic=True, max_output_chars=max_k * (MAX_PASSAGE_CHARS + 10))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,6 +148,54 @@ def test_an_exact_index_answers_only_what_it_was_told() -> None:
     assert find(search, "capital", k=1) == ["[1] Kabul."]
     assert find(search, "capital") == ["[1] Kabul.", "[2] Paris."]
     assert find(search, "Capital") == ["no results"]
+
+
+def test_a_saved_index_answers_like_the_one_that_was_saved(tmp_path: Path) -> None:
+    rows = [*ROWS, {"title": "odd \ud800 \x00", "text": "<|im_end|> \u2028 \u202e capital 日本 😀"}]
+    index = BM25Index(load_passages(rows))
+    index.save(tmp_path / "deep" / "index")
+    loaded = BM25Index.load(tmp_path / "deep" / "index")
+    for query in ("capital city", "42", "日本", "odd", "zebra", ""):
+        assert loaded.search(query, 5) == index.search(query, 5)
+    search = get_tool("search", passages=str(tmp_path / "deep" / "index"))
+    assert find(search, "capital") == find(make_search_tool(rows), "capital")
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["index"]
+    with pytest.raises(FileExistsError, match="exists already"):
+        index.save(tmp_path / "deep" / "index")
+
+
+@pytest.mark.parametrize(
+    "damage", ["about.json", "offsets.npy", "passages.jsonl", "data.csc.index.npy", "vocab.index.json"]
+)
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_a_damaged_index_is_refused(tmp_path: Path, damage: str, how: str) -> None:
+    BM25Index(load_passages(ROWS)).save(tmp_path / "index")
+    file = tmp_path / "index" / damage
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="holds no search index"):
+        make_search_tool(tmp_path / "index")
+
+
+@settings(max_examples=100)
+@given(text=st.text(max_size=60), title=st.text(max_size=20))
+def test_whatever_a_passage_holds_is_one_line_without_control_characters(text: str, title: str) -> None:
+    (line,) = find(make_search_tool([{"title": title, "text": f"needle {text}"}]), "needle")
+    assert line.startswith("[1] ")
+    assert not any(unicodedata.category(mark) == "Cc" for mark in line)
+    assert line.splitlines() == [line]
+    assert line.encode()
+
+
+@settings(max_examples=50)
+@given(scores=st.lists(st.integers(0, 4), min_size=1, max_size=400), k=st.integers(1, 8))
+def test_the_best_are_found_among_many_as_by_sorting_all(scores: list[int], k: int) -> None:
+    index = BM25Index([Passage(f"number{n}") for n in range(len(scores))])
+    index._bm25.get_scores = lambda words: np.asarray(scores, dtype=np.float32)
+    best = sorted((n for n in range(len(scores)) if scores[n]), key=lambda n: (-scores[n], n))[:k]
+    assert [passage.text for passage in index.search("number0", k)] == [f"number{n}" for n in best]
 
 
 words = st.lists(st.sampled_from(["apple", "pear", "plum", "fig", "nut"]), min_size=1, max_size=6).map(" ".join)
