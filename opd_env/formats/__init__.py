@@ -52,7 +52,7 @@ FORMATS: dict[str, type[TemplateFormat]] = {
 _OF_TOKENS = {"<|im_start|>": "hermes", "<start_of_turn>": "tool_code"}
 
 
-def get_format(tokenizer: Any, name: str | None = None, *, repair: bool = False) -> ChatFormat:
+def get_format(tokenizer: Any, name: str | None = None, *, repair: bool = False) -> TemplateFormat:
     """The chat format of a tokenizer.
 
     A template that describes tools is asked to write a call, and the first format that reads it is taken. For one

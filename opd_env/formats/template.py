@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 from opd_env.formats.base import ChatFormat, Rendered
 from opd_env.formats.chat_template import CALL, CALL_ID, OPENING, ChatTemplate, Part, without_thinking
 from opd_env.formats.parse import ParsedTurn, Parser
-from opd_env.formats.token_text import Piece, TokenText
+from opd_env.formats.token_text import Decoded, Piece, TokenText
 from opd_env.messages import Message, ToolCall, assistant, calls_of, system, tool_message, user
 from opd_env.trajectory import TokenKind
 
@@ -75,7 +75,7 @@ class TemplateFormat(ChatFormat):
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """See ``ChatFormat``. Special tokens written in a message are plain text to the model."""
         if tools and not self._template.knows_tools:
-            messages, tools = self._with_tool_section(messages, tools), ()
+            messages, tools = self.describe_tools(messages, tools), ()
         # Private-use marks stand for messages that hold the text of special tokens, so that the template's own can be
         # told from theirs. The others stay: a template may look at them. So does the space around a marked message,
         # which the template may strip.
@@ -107,7 +107,7 @@ class TemplateFormat(ChatFormat):
             lead = ""
         else:
             lead = self._template.lead if content or self._template.opens_thinking else ""
-        return self._sampled(lead + self.write(content, calls))
+        return self.render_turn(lead + self.write(content, calls))
 
     def tool_results(self, messages: Sequence[Message]) -> Rendered:
         """See ``ChatFormat``. Special tokens written in a result are plain text to the model.
@@ -138,6 +138,10 @@ class TemplateFormat(ChatFormat):
         kinds = [TokenKind.TOOL_OUTPUT if untrusted else TokenKind.SCAFFOLD for untrusted in encoded.untrusted]
         return Rendered(encoded.ids, kinds)
 
+    def results_text(self, messages: Sequence[Message]) -> str:
+        """Tool results as one user message holds them, for a template that knows no tools."""
+        return "\n".join(f"{self.result_block[0]}{message['content']}{self.result_block[1]}" for message in messages)
+
     def parse(self, ids: Sequence[int]) -> ParsedTurn:
         """See ``ChatFormat``."""
         body = len(ids) - 1 if len(ids) and ids[-1] in self.stop_token_ids else len(ids)
@@ -157,13 +161,24 @@ class TemplateFormat(ChatFormat):
         """See ``ChatFormat``."""
         return self._text.decode(ids).text
 
-    def _sampled(self, text: str) -> list[int]:
-        """A turn's tokens, which continue the generation prompt."""
+    def render_turn(self, text: str) -> list[int]:
+        """Tokens of a turn given as text, end-of-turn token included; they continue the generation prompt."""
         return self._text.encode([Piece(text + self._template.end)], after=self._template.prompt).ids
 
-    def _with_tool_section(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+    def decoded(self, ids: Sequence[int]) -> Decoded:
+        """Text of any ids, and which bytes of it each of them stands for."""
+        return self._text.decode(ids)
+
+    def describe_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+        """The messages with the tools described in the system message, for a template that does not do so.
+
+        Raises:
+            ValueError: the format leaves that to its templates.
+        """
+        if self.tool_section is None:
+            raise ValueError(f"the {self.name} format has no text of its own that describes tools")
         schemas = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in tools)
-        section = (self.tool_section or "").format(schemas=schemas)
+        section = self.tool_section.format(schemas=schemas)
         if messages and messages[0]["role"] == "system":
             return [system(f"{messages[0]['content']}\n\n{section}"), *messages[1:]]
         return [system(section), *messages]
@@ -205,8 +220,7 @@ class TemplateFormat(ChatFormat):
             conversation = [*answered, final]
         else:  # such a template is asked for the same text, written as ordinary messages
             turn = thought + self.write("I compute." * self.text_beside_calls, calls_of(first))
-            blocks = [f"{self.result_block[0]}{result['content']}{self.result_block[1]}" for result in results]
-            conversation = [*OPENING, assistant(turn), user("\n".join(blocks)), final]
+            conversation = [*OPENING, assistant(turn), user(self.results_text(results)), final]
         read = self.parse_text(turn).calls
         if [(call.name, call.arguments) for call in read] != [(call.name, call.arguments) for call in calls_of(first)]:
             raise ValueError(
@@ -219,9 +233,9 @@ class TemplateFormat(ChatFormat):
         results = [tool_message(CALL.name, " 42\n"), tool_message(CALL.name, "é€")][: 1 + self.parallel_calls]
         return [
             *self.render_prompt(OPENING, self._template.tools),
-            *self._sampled(turns[0]),
+            *self.render_turn(turns[0]),
             *self.render_tool_results(results),
-            *self._sampled(turns[1]),
+            *self.render_turn(turns[1]),
         ]
 
     def _difference(self, thought: str) -> str:
