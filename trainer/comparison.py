@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from opd_env.trainer.batch import Head, MicroBatch, Row, make_batch
 from opd_env.trainer.config import OPDConfig
+from opd_env.trainer.cross_tokenizer import CrossTokenizerTeacher
 from opd_env.trainer.divergences import Divergence
 from opd_env.trainer.logprobs import full_divergence, positions_per_chunk, token_logprobs
 from opd_env.trainer.modes import Baseline, Estimator
@@ -43,6 +44,8 @@ class Compared:
     """The divergence over all outcomes (all tokens, or top k and tail); its gradient is the update."""
     baseline_N: Tensor | None = None
     """``E_p[w_f(u)]`` over the same outcomes."""
+    span_N: Tensor | None = None
+    """Tokens of the same span are one outcome, with the sum of their log-ratios; None: every token is one."""
 
 
 class SampledComparison:
@@ -66,6 +69,24 @@ class SampledComparison:
         )
         teacher_N = self._teacher_N[batch.index_N].to(hidden_NH.device)
         return Compared(scores.logprobs_N, teacher_N, scores.entropy_N)
+
+
+class SpanComparison(SampledComparison):
+    """One log-prob of a teacher with another tokenizer per span of sampled tokens."""
+
+    def __init__(self, config: OPDConfig, teacher: CrossTokenizerTeacher, vocab_size: int) -> None:
+        super().__init__(config, teacher, vocab_size)
+        self._spans = teacher
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        """The teacher scores a step's episodes."""
+        scores = self._spans.score_spans(trajectories)
+        self._teacher_N, self._span_N = scores.logprobs_N, scores.span_N
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
+        """Compares at a micro-batch's sampled tokens."""
+        compared = super().__call__(batch, hidden_NH, head)
+        return replace(compared, span_N=self._span_N[batch.index_N].to(hidden_NH.device))
 
 
 class TopKComparison:
@@ -166,6 +187,8 @@ def make_comparison(config: OPDConfig, teacher: Teacher, divergence: Divergence,
     Raises:
         ValueError: the teacher cannot give it.
     """
+    if isinstance(teacher, CrossTokenizerTeacher):
+        return SpanComparison(config, teacher, vocab_size)
     if config.estimator is Estimator.SAMPLED and config.baseline is Baseline.NONE:
         return SampledComparison(config, teacher, vocab_size)
     if isinstance(teacher, LocalTeacher) and config.estimator is not Estimator.TOPK:

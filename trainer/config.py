@@ -111,6 +111,8 @@ class OPDConfig:
     """The gold answer stands at the end of the question in the teacher's prompt only (self-distillation)."""
     teacher_routes: Mapping[str, str] = field(default_factory=dict)
     """Other teachers (models) by the name of a tool that a problem offers, or of its task; not for estimator=full."""
+    cross_tokenizer: bool = False
+    """The teacher has another tokenizer: compare on spans of text that both cut alike (sampled estimator)."""
     teacher_cache: str | None = None
     """Folder in which the teacher's log-probs are kept and found again; null keeps none. Not for estimator=full."""
 

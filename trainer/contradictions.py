@@ -28,6 +28,7 @@ def refuse_contradictions(config: OPDConfig) -> None:
     _off_policy(config)
     _counts(config)
     _estimate(config)
+    _cross_tokenizer(config)
     _reward(config)
 
 
@@ -90,6 +91,25 @@ def _estimate(config: OPDConfig) -> None:
             raise ConfigError(
                 f"{name}={getattr(config, name)} has no meaning with estimator={config.estimator}, which sums over "
                 f"what could have been sampled at each token; set estimator=sampled, or leave {name} out"
+            )
+
+
+def _cross_tokenizer(config: OPDConfig) -> None:
+    if not config.cross_tokenizer:
+        return
+    if config.estimator is not Estimator.SAMPLED:
+        raise ConfigError(
+            f"cross_tokenizer compares spans of text, and estimator={config.estimator} needs one vocabulary; set "
+            "estimator=sampled"
+        )
+    for name, off in (
+        ("baseline", Baseline.NONE), ("gamma", 0.0), ("weight_scheme", Scheme.NONE), ("teacher_demonstrations", 0),
+        ("teacher_sees_answer", False), ("teacher_routes", {}), ("teacher_cache", None),
+    ):  # fmt: skip
+        if getattr(config, name) != off:
+            raise ConfigError(
+                f"{name}={getattr(config, name)} does not work with cross_tokenizer, which judges spans of text by one "
+                f"teacher that reads what the student read; leave {name} out"
             )
 
 

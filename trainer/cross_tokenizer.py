@@ -5,8 +5,9 @@ Worked example::
     teacher = CrossTokenizerTeacher(load_model("gemma"), student_chat, ExampleLookup([task, eval_task]))
     teacher.score_spans(trajectories).span_N       # [0, 1, 1, 2, 2, 3, …]: tokens that are judged together
 
-The teacher's prompt describes the tools as the student's format does, because it has to judge calls in the student's
-syntax, and tool results come as user messages. Each turn is then the student's text, cut by the teacher's tokenizer.
+If the two families write calls differently, the teacher's prompt describes the tools as the student's format does,
+because it has to judge calls in the student's syntax, and tool results come as user messages. Each turn is then the
+student's text, cut by the teacher's tokenizer.
 Both cuts share some boundaries; between two of them lies a *span* (``spans``). With S and T the sums of the student's
 and the teacher's log-probs over a span, log u = T - S, and the span is one outcome for the divergence: all its tokens
 get the advantage of its log u. The end-of-turn tokens of the two are a span of their own.
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd_env.formats import TemplateFormat, get_format
-from opd_env.messages import Message, tool_message, user
+from opd_env.messages import tool_message, user
 from opd_env.models import LoadedModel
 from opd_env.tools import Tool, Toolbox
 from opd_env.trainer.batch import Row
@@ -58,7 +59,7 @@ class _Reading(NamedTuple):
     student_span_N: NDArray[np.int64]
     teacher_span_M: NDArray[np.int64]
     """Span of each of the row's sampled tokens."""
-    count: int
+    num_spans: int
 
 
 class CrossTokenizerTeacher:
@@ -73,8 +74,8 @@ class CrossTokenizerTeacher:
         tokens_per_microbatch: padded tokens in one forward pass.
 
     Raises:
-        ValueError: the teacher's tokenizer has no chat template that can be followed, or the student's format does not
-            describe tools itself.
+        ValueError: the teacher's tokenizer has no chat template that can be followed, or the families write calls
+            differently and the student's format has no text that describes its own.
     """
 
     def __init__(
@@ -87,9 +88,11 @@ class CrossTokenizerTeacher:
         temperature: float = 1.0,
         tokens_per_microbatch: int = 16384,
     ) -> None:
-        student_chat.describe_tools([user("?")], [])
         self.name = loaded.name
         self.chat = get_format(loaded.tokenizer)
+        self._same_calls = self.chat.name == student_chat.name
+        if not self._same_calls:
+            student_chat.describe_tools([user("?")], [])
         self.local = LocalTeacher(
             loaded,
             vocab_size=self.chat.vocab_size,
@@ -111,7 +114,7 @@ class CrossTokenizerTeacher:
             ValueError: an episode is longer than the teacher's context.
         """
         readings = [self._read(trajectory) for trajectory in trajectories]
-        offsets = np.cumsum([0, *(reading.count for reading in readings)])
+        offsets = np.cumsum([0, *(reading.num_spans for reading in readings)])
         span_N = _joined([one.student_span_N + offset for one, offset in zip(readings, offsets, strict=False)])
         span_M = _joined([one.teacher_span_M + offset for one, offset in zip(readings, offsets, strict=False)])
         teacher_M = self.local.score_rows([reading.row for reading in readings])
@@ -130,7 +133,7 @@ class CrossTokenizerTeacher:
         spans_N, spans_M, count = [], [], 0
         for number, turn in enumerate(trajectory.turns):
             if number:
-                between = self.chat.user_message(user(self._reply(trajectory.turns[number - 1]))).ids
+                between = self._reply(trajectory.turns[number - 1])
                 ids += between
                 sampled += [False] * len(between)
             own = trajectory.token_ids[turn.start : turn.stop].tolist()
@@ -141,7 +144,7 @@ class CrossTokenizerTeacher:
                 aligned = align(decoded, self.chat.decoded(theirs[: len(theirs) - ends]))
                 spans_N.append(aligned.student_N + count)
                 spans_M.append(aligned.teacher_M + count)
-                count += aligned.count
+                count += aligned.num_spans
             if ends:
                 spans_N.append(np.array([count]))
                 spans_M.append(np.array([count]))
@@ -154,17 +157,20 @@ class CrossTokenizerTeacher:
 
     def _prompt(self, trajectory: Trajectory) -> list[int]:
         task, example = self._find(trajectory)
-        messages: Sequence[Message] = example.messages
         with Toolbox(task.tools_of(example) if self._tools is None else self._tools) as toolbox:
-            if toolbox.schemas:
-                messages = self._student_chat.describe_tools(messages, toolbox.schemas)
-        return self.chat.render_prompt(messages)
+            schemas = toolbox.schemas
+        if self._same_calls or not schemas:
+            return self.chat.render_prompt(example.messages, schemas)
+        return self.chat.render_prompt(self._student_chat.describe_tools(example.messages, schemas))
 
-    def _reply(self, turn: TurnRecord) -> str:
-        """What followed a turn, as text: what the user said, or what the tools answered."""
+    def _reply(self, turn: TurnRecord) -> list[int]:
+        """What followed a turn: what the user said, or what the tools answered."""
         if turn.user is not None:
-            return turn.user
-        return self._student_chat.results_text([tool_message(call.name or "", call.output) for call in turn.calls])
+            return self.chat.user_message(user(turn.user)).ids
+        results = [tool_message(call.name or "tool_call", call.output) for call in turn.calls]
+        if self._same_calls:
+            return self.chat.render_tool_results(results)
+        return self.chat.user_message(user(self._student_chat.results_text(results))).ids
 
 
 def _joined(parts: Sequence[NDArray[np.int64]]) -> Tensor:

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from opd_env.engine import Engine, SamplingParams
 from opd_env.evaluation import EvaluationResult, evaluate
+from opd_env.formats import ChatFormat
 from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.display import Display
 from opd_env.trainer.run_folder import RunFolder
@@ -65,7 +66,8 @@ class HeldOut:
         config, parts = self._config, self._parts
         problems = min(config.eval_problems, len(parts.eval_task))
         advance = self._display.phase(f"evaluating {name}", problems * config.eval_samples)
-        chat, limits = parts.chat, config.limits
+        chat: ChatFormat = parts.chat
+        limits = config.limits
         if name == TEACHER:
             chat = parts.teachers.chat
             limits = replace(limits, max_tokens=limits.max_tokens + parts.teachers.extra_tokens)

@@ -30,6 +30,7 @@ from rich.console import Console
 from opd_env.configuration import to_dict
 from opd_env.engine import Engine, SamplingParams
 from opd_env.evaluation import installed_versions
+from opd_env.formats import ChatFormat
 from opd_env.local_engine import LocalEngine
 from opd_env.models import LoadedModel
 from opd_env.report import write_report
@@ -94,7 +95,7 @@ class OPDTrainer:
             samples=config.samples_per_problem,
             seed=config.seed,
         )
-        self.engine: Engine = self._engine(self.parts.student)
+        self.engine: Engine = self._engine(self.parts.student, self.parts.chat)
         self.checkpoints = Checkpoints(self.folder.path / "checkpoints", keep=config.checkpoint_keep)
         self.display = Display(console, enabled=self._is_main)
         self.held_out = HeldOut(config, self.parts, self.folder, self.accelerator, self.display)
@@ -244,7 +245,9 @@ class OPDTrainer:
         config = self.config
         results: dict[str, Any] = {
             "before": self.held_out.evaluate("before", self.engine, config.student),
-            "teacher": self.held_out.evaluate("teacher", self._engine(self.parts.teacher.loaded), config.teacher),
+            "teacher": self.held_out.evaluate(
+                "teacher", self._engine(self.parts.teacher.loaded, self.parts.teachers.chat), config.teacher
+            ),
             "seed": config.seed,
             "config_hash": config.config_hash,
             "versions": installed_versions(),
@@ -303,8 +306,7 @@ class OPDTrainer:
         self.accelerator.end_training()
         return results
 
-    def _engine(self, loaded: LoadedModel) -> Engine:
-        chat = self.parts.chat
+    def _engine(self, loaded: LoadedModel, chat: ChatFormat) -> Engine:
         return LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, self.config.concurrent_episodes)
 
     def _warn_of_gap(self, step: int, gap: float) -> None:

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd_env.configuration import ConfigError
-from opd_env.formats import ChatFormat
+from opd_env.formats import ChatFormat, TemplateFormat
 from opd_env.models import LoadedModel, load_model
 from opd_env.tasks import Task
 from opd_env.tools import list_tools
 from opd_env.trainer.config import OPDConfig
+from opd_env.trainer.cross_tokenizer import CrossTokenizerTeacher
 from opd_env.trainer.demonstrations import DemonstrationFormat, TaskPrompts, play_demonstrations
 from opd_env.trainer.lookup import ExampleLookup
 from opd_env.trainer.routing import NameRoute, RoutedTeacher
@@ -36,13 +37,14 @@ class Teachers:
     scorer: Teacher
     """What scores the student's tokens: that teacher, several by problem, or one that remembers."""
     chat: ChatFormat
-    """The student's format, or one whose prompts hold demonstrations. The gold answer is never in it."""
+    """The named teacher's format: the student's, one whose prompts hold demonstrations, or that of another family. The
+    gold answer is never in it."""
     extra_tokens: int
     """By how much the teachers' prompts may be longer than the student's."""
 
 
 def make_teachers(
-    config: OPDConfig, tasks: Sequence[Task], chat: ChatFormat, student: LoadedModel, teacher: LoadedModel
+    config: OPDConfig, tasks: Sequence[Task], chat: TemplateFormat, student: LoadedModel, teacher: LoadedModel
 ) -> Teachers:
     """Builds them.
 
@@ -58,13 +60,24 @@ def make_teachers(
         ModelUnavailable: a model cannot be loaded.
     """
     task, find = tasks[0], ExampleLookup(tasks)
-    teacher_chat, prompt, extra = chat, None, 0
+    if config.cross_tokenizer:
+        other = CrossTokenizerTeacher(
+            teacher,
+            chat,
+            find,
+            config.tools,
+            temperature=config.temperature,
+            tokens_per_microbatch=config.tokens_per_microbatch,
+        )
+        return Teachers(other.local, other, other.chat, 0)
+    teacher_chat: ChatFormat = chat
+    prompt, extra = None, 0
     if config.teacher_demonstrations:
         played = play_demonstrations(
             task, chat, count=config.teacher_demonstrations, tools=config.tools, seed=config.seed
         )
-        teacher_chat = DemonstrationFormat(chat, played)
-        extra = teacher_chat.longest
+        teacher_chat = demonstrations = DemonstrationFormat(chat, played)
+        extra = demonstrations.longest
         prompt = TaskPrompts(find, teacher_chat, config.tools)
     if config.teacher_sees_answer:
         plain = TaskPrompts(find, teacher_chat, config.tools)

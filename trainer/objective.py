@@ -44,9 +44,10 @@ class TokenValues:
     logprobs_N: Tensor
     """Of the student as it was at the token's update."""
     log_ratio_N: Tensor
-    """log u = teacher - student."""
+    """log u = teacher - student; with a teacher of another tokenizer, of the whole span that the token is in."""
     kl_N: Tensor
-    """KL(student || teacher): exact where the teacher's logits are at hand, else its unbiased estimate -log u."""
+    """KL(student || teacher): exact where the teacher's logits are at hand, else its unbiased estimate -log u (of a
+    span, in equal shares)."""
     entropy_N: Tensor
     """Of the student's distribution, in nats."""
     advantages_N: Tensor
@@ -111,10 +112,13 @@ class OPDObjective:
         sums = config.estimator is not Estimator.SAMPLED
         frozen = config.ratio_policy is RatioPolicy.ROLLOUT and not sums
         log_ratio_N = compared.teacher_logprobs_N - (behaviour_N if frozen else logprobs_N.detach())
+        kl_N = -log_ratio_N if compared.kl_N is None else compared.kl_N
+        if compared.span_N is not None:
+            log_ratio_N = sums_by_span(log_ratio_N, compared.span_N)
         weights_N = self._weights(batch, log_ratio_N)
         distilled_N = self._advantages(batch, log_ratio_N, compared, weights_N)
         rewarded_N = self._rewards_N[batch.index_N].to(logprobs_N)
-        self._note(batch, compared, log_ratio_N, distilled_N + rewarded_N)
+        self._note(batch, compared, log_ratio_N, kl_N, distilled_N + rewarded_N)
         loss = torch.zeros((), device=logprobs_N.device)
         if not sums or config.reward_coefficient > 0:
             loss = policy_loss(
@@ -167,9 +171,10 @@ class OPDObjective:
         counts_E = torch.tensor([one.num_sampled for one in trajectories], dtype=torch.int64)
         return self._config.reward_coefficient * relative_E.repeat_interleave(counts_E)
 
-    def _note(self, batch: MicroBatch, compared: Compared, log_ratio_N: Tensor, advantages_N: Tensor) -> None:
+    def _note(
+        self, batch: MicroBatch, compared: Compared, log_ratio_N: Tensor, kl_N: Tensor, advantages_N: Tensor
+    ) -> None:
         tokens = self.tokens
-        kl_N = -log_ratio_N if compared.kl_N is None else compared.kl_N
         for place_N, value_N in (
             (tokens.logprobs_N, compared.logprobs_N),
             (tokens.log_ratio_N, log_ratio_N),
@@ -178,6 +183,12 @@ class OPDObjective:
             (tokens.advantages_N, advantages_N),
         ):
             place_N[batch.index_N] = value_N.detach().float().cpu()
+
+
+def sums_by_span(values_N: Tensor, span_N: Tensor) -> Tensor:
+    """For each token the sum over its span, whose tokens stand in a row or apart."""
+    span_N = torch.unique(span_N, return_inverse=True)[1]
+    return values_N.new_zeros(len(values_N)).index_add(0, span_N, values_N)[span_N]
 
 
 def _joined(dtype: type[Any], parts: Sequence[NDArray[Any]]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from opd_env.configuration import ConfigError, import_files
-from opd_env.formats import ChatFormat, get_format
+from opd_env.formats import ChatFormat, TemplateFormat, get_format
 from opd_env.models import LoadedModel, load_model, without_bars
 from opd_env.tasks import Task, load_task, require_trainable
 from opd_env.tools import Toolbox
@@ -33,7 +33,7 @@ class Parts:
     eval_task: Task
     student: LoadedModel
     """With adapters, if the settings ask for them."""
-    chat: ChatFormat
+    chat: TemplateFormat
     teachers: Teachers
 
     @property

@@ -6,7 +6,7 @@ Worked example, one turn cut by two tokenizers::
     teacher  ["The", " ans", "wer is", " 42", "."]
     spans     0      1         1        2     2    3          boundaries that both have: 3, 13, 16, 17
 
-A span ends where both have a boundary between characters: it is the smallest stretch whose probability both models give
+A span ends where both have a boundary: it is the smallest stretch whose probability both models give
 as a product of their tokens' probabilities.
 
 Test it alone: ``pytest tests/trainer/test_spans.py``
@@ -29,7 +29,7 @@ class Aligned(NamedTuple):
     """Span of each of the student's tokens; never falls."""
     teacher_M: NDArray[np.int64]
     """Span of each of the teacher's tokens; never falls."""
-    count: int
+    num_spans: int
 
 
 def align(student: Decoded, teacher: Decoded) -> Aligned:
@@ -40,20 +40,23 @@ def align(student: Decoded, teacher: Decoded) -> Aligned:
         teacher: the same text as the teacher's tokens. A tokenizer may put a space before it; one that changes it
             otherwise (by normalising Unicode, say) makes the whole turn one span.
     """
-    shift = len(teacher.text) - len(student.text) if teacher.text.endswith(student.text) else None
-    if shift is None or teacher.text[:shift].strip():
-        zeros = (np.zeros(len(one.byte_of_token) - 1, dtype=np.int64) for one in (student, teacher))
-        return Aligned(*zeros, count=1)
-    ends_N, exact_N = _ends(student)
-    ends_M, exact_M = _ends(teacher)
-    ends_M = np.maximum(ends_M - shift, 0)
-    shared = np.intersect1d(ends_N[exact_N], ends_M[exact_M])
-    shared = np.union1d(shared[shared > 0], [len(student.text)])  # the end is a boundary of both, whatever precedes it
+    ends_N, ends_M = _ends(student), _ends(teacher)
+    shift = len(teacher.text) - len(student.text)
+    if not teacher.text.endswith(student.text) or teacher.text[:shift].strip():
+        return Aligned(np.zeros_like(ends_N), np.zeros_like(ends_M), 1)
+    ends_M = np.maximum(ends_M - _WIDEST * shift, 0)
+    shared = np.intersect1d(ends_N, ends_M)
+    shared = shared[shared > 0]
     return Aligned(np.searchsorted(shared, ends_N), np.searchsorted(shared, ends_M), len(shared))
 
 
-def _ends(decoded: Decoded) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """For each token the character after its last one, and whether the token ends just before it, not within."""
+_WIDEST = 4
+"""Bytes of the widest character."""
+
+
+def _ends(decoded: Decoded) -> NDArray[np.int64]:
+    """Where each token ends: the character, times 4, plus the byte within it. A byte that is not UTF-8 is a character
+    of one byte here and U+FFFD, of three, in the teacher's text; so bytes alone would not match."""
     stops = decoded.byte_of_token[1:]
-    ends = np.searchsorted(decoded.byte_of_char, stops)
-    return ends, decoded.byte_of_char[ends] == stops
+    chars = np.searchsorted(decoded.byte_of_char, stops, side="right") - 1
+    return _WIDEST * chars + stops - decoded.byte_of_char[chars]

@@ -100,19 +100,26 @@ class LocalTeacher:
         rows = []
         for trajectory in trajectories:
             row = row_of(trajectory, None if self._prompt is None else self._prompt(trajectory))
-            if len(row.token_ids_T) > self._context:
-                raise ValueError(
-                    f"the teacher {self.name} reads {self._context} tokens at most, but the episode of "
-                    f"{trajectory.task}/{trajectory.example_id} has {len(row.token_ids_T)} with the teacher's "
-                    "prompt; lower limits.max_tokens or teacher_demonstrations"
-                )
+            self.require_room(row, trajectory)
             rows.append(row)
         return rows
 
-    @torch.no_grad()
+    def require_room(self, row: Row, trajectory: Trajectory) -> None:
+        """Refuses a row that is longer than the model's context, with a ``ValueError``."""
+        if len(row.token_ids_T) > self._context:
+            raise ValueError(
+                f"the teacher {self.name} reads {self._context} tokens at most, but the episode of "
+                f"{trajectory.task}/{trajectory.example_id} has {len(row.token_ids_T)} with the teacher's "
+                "prompt; lower limits.max_tokens or teacher_demonstrations"
+            )
+
     def score(self, trajectories: Sequence[Trajectory]) -> Tensor:
         """See ``Teacher``."""
-        rows = self.rows(trajectories)
+        return self.score_rows(self.rows(trajectories))
+
+    @torch.no_grad()
+    def score_rows(self, rows: Sequence[Row]) -> Tensor:
+        """Log-probs of the tokens that rows mark as sampled, as ``score`` gives them."""
         logprobs_N = torch.empty(num_sampled(rows))
         for batch in pack(rows, self._tokens_per_microbatch):
             batch = batch.to(self._device)
@@ -194,7 +201,7 @@ def require_compatible(
             does not fit; the message shows the first difference.
     """
     where = f"the teacher {teacher.name} does not fit the student {student.name}"
-    advice = "distil from a teacher of the student's own model family"
+    advice = "distil from a teacher of the student's own model family, or set cross_tokenizer"
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     for token, index in sorted(ours.items(), key=lambda entry: entry[1]):
         if theirs.get(token) != index:
