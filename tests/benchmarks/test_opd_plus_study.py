@@ -1,14 +1,19 @@
 """The study of advantages: its arms are what they are called, and a stopped one is finished without repetition."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.opd_plus_study import __main__ as study
+from benchmarks.opd_plus_study.analysis import OverSeeds, answers, holm, summaries
 from benchmarks.opd_plus_study.arms import ARMS, COMPARISONS, REFERENCE, arm_named
-from benchmarks.opd_plus_study.runs import Evaluations, measure_run
+from benchmarks.opd_plus_study.report import tables
 from opd_env.trainer import advantage
 
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "opd_plus_study" / "results"
 LOG_U = torch.linspace(-6, 6, 241)
 TINY = {"steps": 1, "episodes_per_step": 8, "warmup_steps": 0, "checkpoint_every": 1}
 
@@ -51,14 +56,77 @@ def test_the_control_gives_every_token_minus_one():
     torch.testing.assert_close(advantages, -torch.ones_like(LOG_U), rtol=0, atol=1e-6)
 
 
-def test_runs_are_measured_and_supervision_takes_the_tokens_of_the_reference(tmp_path):
-    sizes = Evaluations(validation=3, test=4)
-    reference = measure_run(arm_named(REFERENCE), 0, tmp_path, sizes, TINY)
-    supervised = measure_run(arm_named("sft"), 0, tmp_path, sizes, TINY)
-    for record in (reference, supervised):
-        assert record == json.loads((tmp_path / "records" / f"{record['arm']}_0.json").read_text())
-        assert record["failure"] is None
-        assert len(record["chosen"]["greedy"]) == len(record["final"]["sampled"]) == 4
-    assert len(reference["curves"]["teacher_kl"]) == 1
+def record(arm, seed, greedy, final=None, kl=0.5):
+    measured = {"sampled": greedy, "over_call": "0" * len(greedy), "response_length": 34.0, "teacher_kl": kl}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "chosen": measured | {"greedy": greedy},
+        "final": measured | {"greedy": final or greedy},
+        "curves": {"grad_norm": [3.0, 1.0, 2.0], "clip_fraction": [0.25, 0.75]},
+    }
+
+
+def test_an_interval_over_seeds_is_students():
+    low, high = OverSeeds((1.0, 2.0, 3.0)).interval
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert not OverSeeds((1.0, 2.0, 3.0)).excludes_zero
+    assert OverSeeds((2.0, 2.1, 1.9)).excludes_zero
+    assert not OverSeeds((5.0,)).excludes_zero
+
+
+def test_p_values_are_corrected_by_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.5]) == [1.0, 1.0]
+
+
+def test_an_arm_is_summarised_over_its_seeds():
+    (arm,) = summaries([record("jsd_opd", 0, "1100", final="0000"), record("jsd_opd", 1, "1111")])
+    assert (arm.arm.name, arm.seeds, arm.accuracy.values, arm.accuracy_final.values) == ("jsd_opd", 2, (0.5, 1), (0, 1))
+    assert (arm.grad_norm, arm.clip_fraction) == (2.0, 0.5)
+
+
+def test_a_difference_is_supported_by_seeds_and_problems_together():
+    many, few = "1" * 40, "1" + "0" * 39
+    clear = [record(arm, seed, bits) for arm, bits in (("jsd_opd", few), ("jsd_opd_plus", many)) for seed in range(3)]
+    (answer,) = answers(clear)
+    assert answer.supported
+    assert (answer.accuracy.mean, answer.gained, answer.lost) == (pytest.approx(39 / 40), 39, 0)
+    (one_seed,) = answers(clear[::3])
+    assert not one_seed.supported
+    (few_problems,) = answers(
+        [one | {"chosen": one["chosen"] | {"greedy": one["chosen"]["greedy"][:4]}} for one in clear]
+    )
+    assert few_problems.accuracy.excludes_zero
+    assert not few_problems.supported
+
+
+def test_a_study_is_continued_and_reported(tmp_path, monkeypatch, capsys):
+    arms = ["student", REFERENCE, "sft"]
+    command = ["study", "--seeds", "1", "--arms", *arms, "--output", str(tmp_path), "--test", "4", "--validation", "2",
+               "--settings", json.dumps(TINY)]  # fmt: skip
+    monkeypatch.setattr("sys.argv", [*command, "--finished"])
+    with pytest.raises(SystemExit, match="no seed is whole"):
+        study.main()
+    monkeypatch.setattr("sys.argv", command)
+    study.main()
+    assert "3 runs, 0 finished" in capsys.readouterr().err
+    monkeypatch.setattr(study, "measure_run", None)
+    study.main()
+    assert "3 runs, 3 finished" in capsys.readouterr().err
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    _, reference, supervised = results["runs"]
+    assert [(run["arm"], run["seed"], run["failure"]) for run in results["runs"]] == [(arm, 0, None) for arm in arms]
+    assert results["settings"]["steps"] == len(reference["curves"]["teacher_kl"]) == 1
     assert supervised["tokens"] == pytest.approx(reference["tokens"], rel=0.3)
-    assert not (tmp_path / "work" / f"{REFERENCE}_0").exists()
+    assert all(len(run["chosen"]["greedy"]) == len(run["final"]["sampled"]) == 4 for run in results["runs"])
+    assert list((tmp_path / "work").iterdir()) == []
+    assert "| student before | 1 |" in (tmp_path / "tables.md").read_text()
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("accuracy.svg", "curves.svg"))
+
+
+def test_the_documented_tables_are_those_of_the_committed_results():
+    records = json.loads((RESULTS / "results.json").read_text())["runs"]
+    assert tables(records) == (RESULTS / "tables.md").read_text()
+    assert tables(records) in (ROOT / "docs" / "opd_plus_study.md").read_text()
