@@ -8,7 +8,8 @@ One problem brings its own functions and asks for calls, which are judged and no
 
 For evaluation only. As on the leaderboard, the first turn alone counts, and ``opd_env.tasks.bfcl`` has the rules.
 A well-formed call ends the episode. Three scores tell what the first turn did: ``called``, ``abstained`` or
-``malformed``. The official rule for ``irrelevance`` takes a malformed call for none; here it is an error.
+``malformed``; ``needs_tool`` tells what was wanted. The official rule for ``irrelevance`` takes a malformed call for
+none; here it is an error.
 
 Test it alone: ``pytest tests/tasks/test_bfcl_task.py``
 """
@@ -126,6 +127,7 @@ class BFCL(Task):
                 "called": float(bool(calls)),
                 "abstained": float(not calls and not malformed),
                 "malformed": float(malformed),
+                "needs_tool": float("irrelevance" not in self.category),
             },
         )
 

@@ -143,6 +143,14 @@ def _evaluate(settings: EvalSettings) -> int:
                 f"[yellow]{len(result.errors)} episodes failed; the first: {error.message}[/]", highlight=False
             )
     console.print(results_table(results))
+    for result in results:
+        late = result.summary.stop_reasons["time"]
+        if late:
+            console.print(
+                f"[yellow]{result.label}: {late} episodes ended by limits.max_seconds and count as wrong; on a slow "
+                "machine, raise it or lower concurrent_episodes[/]",
+                highlight=False,
+            )
     for folder in folders:
         console.print(f"results: {folder}", soft_wrap=True, highlight=False)
     return 0

@@ -52,7 +52,7 @@ def call(**arguments):
 
 def verdict(task, *turns):
     grade = task.grade(task[0], None, turns)
-    done = [name for name, value in grade.scores.items() if value]
+    done = [name for name, value in grade.scores.items() if value and name != "needs_tool"]
     return grade.correct, *done
 
 
@@ -99,11 +99,12 @@ def test_episodes_of_the_environment_are_graded(folder):
     task = BFCL(path=folder)
     right = '<tool_call>\n{"name": "geometry.area", "arguments": {"base": 10}}\n</tool_call>'
     assert play(task, right).correct
-    assert play(task, right.replace("10", "11")).scores["called"] == 1.0
+    scores = play(task, right.replace("10", "11")).scores
+    assert (scores["called"], scores["needs_tool"]) == (1.0, 1.0)
     irrelevance = BFCL(category="irrelevance", path=folder)
     assert play(irrelevance, "None helps.").correct
     grade = play(irrelevance, '<tool_call>\n{"name": "geometry.area", "arg', "None helps.")
-    assert (grade.correct, grade.scores["malformed"]) == (False, 1.0)
+    assert (grade.correct, grade.scores["malformed"], grade.scores["needs_tool"]) == (False, 1.0, 0.0)
 
 
 def test_it_is_for_evaluation_only(folder):
