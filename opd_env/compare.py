@@ -16,7 +16,7 @@ Test it alone: ``pytest tests/core/test_compare.py``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -54,6 +54,8 @@ class Side:
 
     name: str
     """What it is called beside the others."""
+    path: str
+    """Where it is stored."""
     settings: Mapping[str, Any]
     """See ``EvaluationResult``."""
     versions: Mapping[str, str]
@@ -175,6 +177,7 @@ def read_side(path: str | Path, *, name: str = "") -> Side:
     given = str(place if home == place else home)
     return Side(
         name=name or (given if home == place else f"{given} ({_title(place.name)})"),
+        path=str(place),
         settings=stored["settings"],
         versions=stored.get("versions", {}),
         label=stored.get("label", ""),
@@ -183,6 +186,14 @@ def read_side(path: str | Path, *, name: str = "") -> Side:
         curve=curve,
         decode=tokenizer_of(home),
     )
+
+
+def named_by_model(sides: Sequence[Side]) -> list[Side]:
+    """The same sides, called by their models where these tell them apart."""
+    models = [str(side.settings.get("model", "")) for side in sides]
+    if "" in models or len(set(models)) < len(models):
+        return list(sides)
+    return [replace(side, name=model) for side, model in zip(sides, models, strict=True)]
 
 
 def compare(first: Side, second: Side) -> Comparison:
@@ -268,9 +279,8 @@ def _notes(first: Side, second: Side, common: int) -> Iterator[str]:
         ("versions", first.versions, second.versions),
     ):
         one, other = _flat(ours), _flat(theirs)
-        names = [
-            name for name in {**one, **other} if name not in ("model", "problems") and one.get(name) != other.get(name)
-        ]
+        known = {"model", "problems"} | ({"weights_hash"} if one.get("model") != other.get("model") else set())
+        names = [name for name in {**one, **other} if name not in known and one.get(name) != other.get(name)]
         if names:
             yield f"other {title}: " + ", ".join(f"{name} {one.get(name)} → {other.get(name)}" for name in names)
 

@@ -76,7 +76,7 @@ def _context(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     rates = [comparisons[0].metrics[0].first, *(comparison.metrics[0].second for comparison in comparisons)]
     settings = first.settings
     facts = [(name, settings.get(name)) for name in ("split", "version", "samples", "seed", "prompt_hash")]
-    facts += [(f"model of {side.name}", side.settings.get("model")) for side in sides]
+    facts += [(side.name, side.path) for side in sides if side.name != side.path]
     return {
         "label": first.label or settings.get("task"),
         "facts": [(name.replace("_", " "), str(value)) for name, value in facts if value not in (None, "")],

@@ -37,10 +37,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from opd_env.compare import compare, read_side
+    from opd_env.compare import compare, named_by_model, read_side
     from opd_env.compare_page import write_comparison
 
-    first, *others = [read_side(path) for path in _paths(chosen.evaluations)]
+    first, *others = named_by_model([read_side(path) for path in _paths(chosen.evaluations)])
     comparisons = [compare(first, other) for other in others]
     console = Console()
     for comparison in comparisons:
@@ -69,6 +69,9 @@ def _show(console: Console, comparison: Comparison, flips: int, transcripts: int
     from opd_env.compare_page import summary_sentence
 
     console.rule(Text(f"{comparison.second.name} against {comparison.first.name}"))
+    for side in (comparison.first, comparison.second):
+        if side.name != side.path:
+            console.print(Text(f"{side.name}: {side.path}", style="dim"), soft_wrap=True)
     console.print(Text(f"{comparison.second.label or comparison.second.settings['task']}", style="bold"))
     console.print(Text(summary_sentence(comparison)))
     for note in comparison.notes:

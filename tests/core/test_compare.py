@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opd_env.cli import main
-from opd_env.compare import NotComparable, Side, compare, read_side
+from opd_env.compare import NotComparable, Side, compare, named_by_model, read_side
 from opd_env.compare_page import write_comparison
 from opd_env.statistics import compare_paired, rate, sign_test
 from opd_env.trajectory import Trajectory
@@ -118,6 +118,19 @@ def test_other_sampling_is_told_but_not_refused(tmp_path: Path) -> None:
     first = side(tmp_path / "a", played(True))
     second = side(tmp_path / "b", played(True), sampling={"temperature": 1.0, "max_tokens": 256}, model="another")
     assert compare(first, second).notes == ("other settings: sampling.temperature 0.0 → 1.0",)
+
+
+def test_sides_are_called_by_their_models_only_where_these_differ(tmp_path: Path) -> None:
+    sides = [side(tmp_path / name, played(True), model=model) for name, model in (("a", "x"), ("b", "y"), ("c", "y"))]
+    assert [one.name for one in named_by_model(sides[:2])] == ["x", "y"]
+    assert [one.name for one in named_by_model(sides)] == ["a", "b", "c"]
+
+
+def test_other_weights_are_told_only_of_one_model(tmp_path: Path) -> None:
+    first, second = (side(tmp_path / h, played(True), weights_hash=h) for h in ("01", "02"))
+    other = side(tmp_path / "c", played(True), weights_hash="03", model="another")
+    assert compare(first, second).notes == ("other settings: weights_hash 01 → 02",)
+    assert compare(first, other).notes == ()
 
 
 def test_a_run_folder_stands_for_its_last_evaluation(tmp_path: Path) -> None:
