@@ -1,6 +1,7 @@
 """The objective of a step: its gradient against sums written out by hand, for every split."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from opd_env.trainer.divergences import get_divergence
 from opd_env.trainer.objective import OPDObjective, TokenValues
 from opd_env.trainer.teachers import LocalTeacher
 from opd_env.trainer.update import TrainingError, Updater
+from opd_env.trainer.weights import TokenWeights
 from tests.core.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.toy import loaded, made_trajectory, naive_logprobs, rows_of, targets_of, toy_config
 
@@ -155,3 +157,21 @@ def test_an_unknown_divergence_is_refused(tmp_path):
 def test_joined_values_keep_their_order():
     parts = [TokenValues(*(torch.tensor([float(n), n + 0.5]) for _ in range(6))) for n in range(3)]
     assert TokenValues.joined(parts).kl_N.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+
+
+@pytest.mark.parametrize("budget", [1, 30])
+@pytest.mark.parametrize("estimator", ["sampled", "topk"])
+def test_weights_rewards_and_baselines_do_not_depend_on_the_split_into_micro_batches(tmp_path, budget, estimator):
+    settings = {
+        "estimator": estimator, "divergence": "jsd", "weight_scheme": "sod", "reward_coefficient": 0.5,
+        "weights": TokenWeights(token_decay=0.9), "samples_per_problem": 4, "topk_tokens": 5,
+    }  # fmt: skip
+    if estimator == "sampled":
+        settings |= {"baseline": "value", "gamma": 0.5, "truncate_weight": 2.0}
+    group = [replace(one, example_id="one", sample=n, correct=n == 2) for n, one in enumerate(TRAJECTORIES)]
+    whole, one_batch, _ = gradient_of(toy_config(tmp_path, **settings), student(), group)
+    parts, split, _ = gradient_of(toy_config(tmp_path, **settings), student(), group, budget=budget)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(split.tokens.advantages_N, one_batch.tokens.advantages_N)
+    assert whole["lm_head.weight"].abs().max() > 0
