@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from opd_env.expert import play_expert
@@ -24,7 +25,7 @@ from opd_env.tasks import Task, require_trainable
 from opd_env.tools import Tool
 from opd_env.trainer.batch import Head, MicroBatch, row_of
 from opd_env.trainer.config import Schedule
-from opd_env.trainer.logprobs import token_logprobs
+from opd_env.trainer.logprobs import positions_per_chunk, token_logprobs
 from opd_env.trainer.order import problem_at
 from opd_env.trainer.update import Update, Updater, learning_rate_at
 from opd_env.trajectory import Trajectory
@@ -32,7 +33,9 @@ from opd_env.trajectory import Trajectory
 
 def supervised_objective(batch: MicroBatch, hidden_NH: Tensor, head: Head, num_tokens: float) -> Tensor:
     """``-(1/N) Σ log p``; see ``Objective``."""
-    return -token_logprobs(hidden_NH, head, batch.targets_N, chunk_size=4096).logprobs_N.sum() / num_tokens
+    with torch.no_grad():
+        chunk_size = positions_per_chunk(head(hidden_NH[:1]).shape[1])
+    return -token_logprobs(hidden_NH, head, batch.targets_N, chunk_size=chunk_size).logprobs_N.sum() / num_tokens
 
 
 def expert_trajectories(

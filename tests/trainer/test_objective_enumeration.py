@@ -123,12 +123,12 @@ def test_expected_update_with_a_reward_is_the_gradient_of_divergence_minus_expec
     episodes, policy = trajectories(world), PolicyModule(world.student, VOCABULARY)
     p_B = world.probabilities(world.episodes.logprobs(world.student))
     total = torch.zeros((), dtype=torch.float64)
-    for (i, one), (j, other) in itertools.product(enumerate(episodes), repeat=2):
+    for (i, one), (j, other) in itertools.combinations_with_replacement(enumerate(episodes), 2):
         pair = [one, type(other)(**{**vars(other), "sample": one.sample ^ 1})]  # together a group of two
         objective.begin(pair)
         batch = make_batch(objective.rows)
         loss = policy(batch, lambda hidden_NH, head, batch=batch: objective(batch, hidden_NH, head, 2.0))
-        total = total + (p_B[i] * p_B[j]).detach() * loss
+        total = total + (1 if i == j else 2) * (p_B[i] * p_B[j]).detach() * loss
     solved_B = torch.tensor([float(one.correct) for one in episodes], dtype=torch.float64)
     wanted = distilled * world.objective(get_divergence("jsd"), 0) - coefficient * (p_B * solved_B).sum()
     assert_equal_updates(decoder_gradient(world, total), decoder_gradient(world, wanted))
