@@ -22,6 +22,7 @@ COMMANDS = {
     "rollout": ("opd_env.cli.play", "play a few episodes and show every token's kind"),
     "compare": ("opd_env.cli.compare", "set evaluations of the same problems against each other"),
     "export": ("opd_env.cli.export", "write an evaluation as an inspect_ai log or lm-eval results"),
+    "publish": ("opd_env.cli.publish", "write a trained student's model card, and upload it"),
     "report": ("opd_env.cli.train", "write report.html of a run folder again"),
     "certify": ("opd_env.cli.certify", "prove each divergence's expected update against its exact gradient"),
     "tools": ("opd_env.cli.listing", "list the tools, show one, or test one"),
