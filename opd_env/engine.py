@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Completion:
     """Natural log-probs at the request's temperature (at 1 for greedy), before top-p and top-k; one per token."""
     truncated: bool
     """The turn reached ``max_tokens`` without a stop token."""
+    error: str | None = None
+    """Why the turn could not be sampled, by no fault of the student; None when it was."""
 
 
 class Engine(ABC):
@@ -103,6 +106,23 @@ class Engine(ABC):
     def release(self, episode: int) -> None:
         """Forgets an episode; a turn of it that is under way is dropped."""
 
+    def wake(self) -> None:
+        """Makes a ``step`` that only waits return at once; other threads call it. A step that works need not."""
+        return
+
+    def update_weights(self, save: Callable[[Path], None]) -> None:
+        """Takes over the student's weights as they are now; the engine is idle.
+
+        Args:
+            save: writes them as a plain model into a folder. An engine that samples with the student itself has them
+                already and does nothing.
+        """
+        return
+
+    def close(self) -> None:
+        """Gives back what the engine holds outside this process."""
+        return
+
     def generate(self, prefixes: Sequence[Sequence[int]], params: SamplingParams, seed: int = 0) -> list[Completion]:
         """Samples one turn after every prefix, in order. For scripts; rollouts use ``submit`` and ``step``."""
         if self.busy:
@@ -115,6 +135,8 @@ class Engine(ABC):
                 self.submit(Request(-1 - index, prefix, params, seed=seed * 1_000_003 + index))
             for completion in self.step():
                 index = -1 - completion.episode
+                if completion.error is not None:
+                    raise RuntimeError(f"prefix {index} could not be continued: {completion.error}")
                 completions[index] = replace(completion, episode=index)
                 self.release(completion.episode)
         return [completions[index] for index in range(len(prefixes))]

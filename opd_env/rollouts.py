@@ -166,7 +166,11 @@ class _Rollout:
                     completions = self.engine.step()
                     self.generate_seconds += time.perf_counter() - before
                     for completion in completions:
-                        self._guard(self.live[completion.episode], self._turn_sampled, completion, pool)
+                        episode = self.live[completion.episode]
+                        if completion.error is not None:
+                            self._fail(episode, completion.error)
+                        else:
+                            self._guard(episode, self._turn_sampled, completion, pool)
                 elif self.playing:
                     wait(self.playing, return_when=FIRST_COMPLETED)
                 for future in [future for future in self.playing if future.done()]:
@@ -232,7 +236,9 @@ class _Rollout:
             result = episode.env.step(parsed.text)
             self._turn_played(episode, parsed, lambda: result, time.perf_counter() - now)
         else:
-            self.playing[pool.submit(episode.env.step, parsed.text)] = (episode, parsed, now)
+            future = pool.submit(episode.env.step, parsed.text)
+            self.playing[future] = (episode, parsed, now)
+            future.add_done_callback(lambda _: self.engine.wake())
 
     def _turn_played(self, episode: _Episode, parsed: ParsedTurn, outcome: Callable[[], Any], seconds: float) -> None:
         _, _, terminated, truncated, info = outcome()
@@ -286,9 +292,11 @@ class _Rollout:
         except Exception as error:
             if "PYTEST_CURRENT_TEST" in os.environ:
                 raise
-            self._close(episode)
-            message = f"{type(error).__name__}: {error}"
-            self.errors.append(EpisodeError(episode.example.id, episode.sample, message))
+            self._fail(episode, f"{type(error).__name__}: {error}")
+
+    def _fail(self, episode: _Episode, message: str) -> None:
+        self._close(episode)
+        self.errors.append(EpisodeError(episode.example.id, episode.sample, message))
 
 
 def _numbered(indices: Iterable[int], samples: int) -> list[tuple[int, int]]:

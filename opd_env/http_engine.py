@@ -1,0 +1,287 @@
+"""Samples turns on vLLM servers, token ids in and out.
+
+Worked example::
+
+    client = HttpClient(["http://127.0.0.1:8000", "http://127.0.0.1:8001"])
+    engine = HttpEngine(client, chat.stop_token_ids, chat.vocab_size)
+    probe_servers(client, chat)                     # once: refuse a server that would bias training
+    rollout(task, engine, chat)
+
+A turn is one request; all open turns are under way at once and the servers batch them. An episode stays with the
+server whose prefix cache knows it. Everything that a server could decide by itself is told to it: its default
+sampling parameters (``generation_config.json``) are overridden, and only the format's stop tokens end a turn. A turn
+that no server can sample ends its episode as a counted failure; no server at all ends the rollout.
+
+Log-probs are those of vLLM's default ``--logprobs-mode raw_logprobs``: at temperature 1, whatever the temperature. So
+temperature 1 and greedy turns are sampled here, and other temperatures refused.
+
+Test it alone: ``pytest tests/core/test_http_engine.py``
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from opd_env.engine import Completion, Engine, Request
+from opd_env.errors import UserError
+from opd_env.http_client import HttpClient, RequestFailed, RequestRefused
+
+FORBIDDEN = -9999.0
+"""What vLLM writes for a log-prob of −inf."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What all servers of a pool serve."""
+
+    name: str
+    max_context: int
+    """Tokens, the sampled ones included."""
+
+
+class _Outcome(NamedTuple):
+    episode: int
+    ticket: object
+    """Tells this turn from a later one of an episode of the same number."""
+    result: Completion | Exception
+
+
+def served_model(client: HttpClient) -> ServedModel:
+    """What the servers serve.
+
+    Raises:
+        UserError: one cannot be reached, is no vLLM server, or serves something else than the others.
+    """
+    found: dict[str, ServedModel] = {}
+    for url in client.urls:
+        try:
+            listed = client.ask(url, "/v1/models", timeout_s=30)["data"]
+            models = [ServedModel(str(one["id"]), int(one["max_model_len"])) for one in listed if not one.get("parent")]
+        except (RequestFailed, RequestRefused) as error:
+            raise UserError(
+                f"no vLLM server answers at {url} ({error}); start one with `vllm serve MODEL`, and wait until "
+                f"{url}/health answers"
+            ) from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{url} does not list its model and its context as a vLLM server does ({error})") from error
+        if len(models) != 1:
+            raise UserError(f"{url} serves {len(models)} models; give each model its own server")
+        found[url] = models[0]
+    first = next(iter(found.values()))
+    if any(model != first for model in found.values()):
+        shown = "; ".join(f"{url}: {model.name}, {model.max_context} tokens" for url, model in found.items())
+        raise UserError(f"the servers of one pool must serve the same model with the same context, but {shown}")
+    return first
+
+
+class HttpEngine(Engine):
+    """Samples with a pool of vLLM servers.
+
+    Args:
+        client: the servers. The engine sets its ``on_return``.
+        stop_token_ids: any of these ends a turn; a format's ``stop_token_ids``.
+        vocab_size: a sampled id beyond it is a fault of the server; a format's ``vocab_size``.
+        weights_folder: where ``update_weights`` leaves the weights for the servers, which must see it under the same
+            path; by default a temporary folder of this machine.
+
+    Raises:
+        UserError: see ``served_model``.
+    """
+
+    def __init__(
+        self, client: HttpClient, stop_token_ids: Sequence[int], vocab_size: int, weights_folder: Path | None = None
+    ) -> None:
+        self._client = client
+        self._model = served_model(client)
+        self.max_context = self._model.max_context
+        self.capacity = client.concurrency
+        self._stop = tuple(stop_token_ids)
+        self._vocab_size = vocab_size
+        self._folder = weights_folder
+        self._weights: Path | None = None
+        self._version = 0
+        self._tickets: dict[int, object] = {}
+        self._done: SimpleQueue[_Outcome | None] = SimpleQueue()
+        client.on_return = self._restore
+
+    def submit(self, request: Request) -> None:
+        """See ``Engine``."""
+        params = request.params
+        if params.temperature not in (0.0, 1.0):
+            raise UserError(
+                f"temperature={params.temperature}: vLLM reports log-probs at temperature 1, which would then not be "
+                "those of the sampled policy; use temperature 1 or 0, or engine=local"
+            )
+        length = len(request.token_ids)
+        if not length or length + params.max_tokens > self.max_context:
+            raise ValueError(
+                f"episode {request.episode}: {length} tokens and max_tokens={params.max_tokens} do not fit the "
+                f"server's context of {self.max_context}; lower max_turn_tokens, or raise its --max-model-len"
+            )
+        if request.episode in self._tickets:
+            raise RuntimeError(f"episode {request.episode} has a turn under way already")
+        ticket = self._tickets[request.episode] = object()
+        body = sampling_body(request, self._model.name, self._stop) | {"cache_salt": f"weights-{self._version}"}
+        self._client.run(lambda: self._done.put(self._sample(ticket, request, body)))
+
+    def step(self) -> list[Completion]:
+        """Waits until a turn ends or ``wake`` is called; returns all turns that ended."""
+        if not self._tickets:
+            return []
+        completions = []
+        outcome = self._done.get()
+        while True:
+            if outcome is not None and self._tickets.get(outcome.episode) is outcome.ticket:
+                del self._tickets[outcome.episode]
+                if isinstance(outcome.result, Exception):
+                    raise outcome.result
+                completions.append(outcome.result)
+            try:
+                outcome = self._done.get_nowait()
+            except Empty:
+                return completions
+
+    @property
+    def busy(self) -> bool:
+        """See ``Engine``."""
+        return bool(self._tickets)
+
+    def wake(self) -> None:
+        """See ``Engine``."""
+        self._done.put(None)
+
+    def release(self, episode: int) -> None:
+        """See ``Engine``; the answer to a turn under way is thrown away when it comes."""
+        self._tickets.pop(episode, None)
+
+    def update_weights(self, save: Callable[[Path], None]) -> None:
+        """Makes all servers load the weights that ``save`` writes as safetensors; see ``Engine``.
+
+        A server that is away gets them when it is back, before it samples again.
+
+        Raises:
+            UserError: no server took them, or one cannot take any.
+        """
+        if self.busy:
+            raise RuntimeError("weights cannot change while turns are under way")
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="opd-env-weights-"))
+        old, version = self._weights, self._version + 1
+        self._weights = (self._folder / f"weights-{version}").resolve()
+        self._weights.mkdir(parents=True, exist_ok=True)
+        save(self._weights)
+        self._version = version
+        away = {}
+        for url in self._client.urls:
+            try:
+                self._restore(url)
+            except RequestFailed as error:
+                away[url] = str(error)
+                self._client.suspect(url, str(error))
+        if len(away) == len(self._client.urls):
+            raise UserError(f"no server took the new weights: {'; '.join(away.values())}; start it (again)")
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        """Ends all requests and removes the weights left for servers."""
+        self._client.close()
+        if self._weights is not None:
+            shutil.rmtree(self._weights, ignore_errors=True)
+
+    def _restore(self, url: str) -> None:
+        """Gives a server the current weights, unless it says that it has them."""
+        if self._weights is None:
+            return
+        try:
+            if self._client.ask(url, "/weight_info", timeout_s=30) == {"weight_version": self._weights.name}:
+                return
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}}
+            self._client.ask(url, "/collective_rpc", body)
+            self._client.ask(url, "/update_weight_version", {"new_version": self._weights.name})
+        except RequestRefused as error:
+            raise UserError(
+                f"{url} does not take new weights ({error}); start the server with VLLM_SERVER_DEV_MODE=1, and let it "
+                f"see {self._weights} under this path"
+            ) from error
+
+    def _sample(self, ticket: object, request: Request, body: dict[str, Any]) -> _Outcome:
+        """Runs in a thread of the client."""
+
+        def read(answer: Any) -> Completion:
+            return read_completion(answer, request, self._stop, self._vocab_size)
+
+        result: Completion | Exception
+        try:
+            result = self._client.post("/v1/completions", body, read, request.episode)
+        except RequestFailed as error:
+            result = Completion(request.episode, [], [], truncated=True, error=str(error))
+        except Exception as error:  # raised where the caller waits: it must not die with this thread
+            result = error
+        return _Outcome(request.episode, ticket, result)
+
+
+def sampling_body(request: Request, model: str, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+    """The JSON that asks for a turn; nothing is left to a server's defaults."""
+    params = request.params
+    return {
+        "model": model,
+        "prompt": list(request.token_ids),
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": request.seed % (1 << 63),
+        "stop_token_ids": list(stop_token_ids),
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+
+
+def read_completion(answer: Any, request: Request, stop_token_ids: Sequence[int], vocab_size: int) -> Completion:
+    """Checks and takes over what a server answered.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError: it is not the answer to this request.
+    """
+    (choice,) = answer["choices"]
+    ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    if choice["prompt_token_ids"] != list(request.token_ids):
+        raise ValueError("the server read another prompt than it was given")
+    if not 1 <= len(ids) <= request.params.max_tokens or len(ids) != len(logprobs):
+        raise ValueError(f"{len(ids)} tokens with {len(logprobs)} log-probs, max_tokens={request.params.max_tokens}")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ValueError(f"token {token!r} is not one of the tokenizer's {vocab_size}")
+    for logprob in logprobs:
+        if require_logprob(logprob) <= FORBIDDEN:
+            raise ValueError("a sampled token has probability 0")
+    reason, stopped = choice["finish_reason"], ids[-1] in stop_token_ids
+    if reason not in ("stop", "length") or stopped != (reason == "stop"):
+        raise ValueError(f"the turn ended with {reason!r} at token {ids[-1]}; turns end at {list(stop_token_ids)}")
+    if not stopped and len(ids) < request.params.max_tokens:
+        raise ValueError(f"the turn broke off after {len(ids)} tokens of {request.params.max_tokens}")
+    return Completion(request.episode, ids, [min(0.0, float(one)) for one in logprobs], truncated=not stopped)
+
+
+def require_logprob(value: Any) -> float:
+    """A log-prob as it stands in JSON.
+
+    Raises:
+        ValueError: not a number, or above 0 by more than rounding.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
+        raise ValueError(f"{value!r} is not a log-prob")
+    return float(value)

@@ -1,0 +1,123 @@
+"""Refuses servers that would bias training, before the first step, with the reason.
+
+Worked example::
+
+    probe_servers(client, chat, local=student.model)        # silent, or a UserError
+
+Checked, with a few sequences that share their beginning: token ids come back as they were sent; the same seed samples
+the same tokens; scores do not depend on the order of requests or on what the prefix cache holds (vLLM issue 42019:
+``prompt_logprobs`` read from a stale buffer); sampled and scored log-probs of a token are the same; and both are what
+a local copy of the model computes.
+
+Test it alone: ``pytest tests/core/test_server_probe.py``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_env.engine import Completion, Request, SamplingParams
+from opd_env.errors import UserError
+from opd_env.formats import ChatFormat
+from opd_env.http_client import HttpClient, RequestFailed, RequestRefused
+from opd_env.http_engine import ServedModel, read_completion, sampling_body, served_model
+from opd_env.messages import user
+from opd_env.server_scores import score_tokens
+
+MEAN_GAP, MAX_GAP = 0.05, 0.5
+"""Nats by which log-probs of a token may differ: rounding of bfloat16 stays below, another model or position not."""
+_QUESTION = (
+    "A baker sells 12 loaves in the morning and 7 in the afternoon, at 3 dollars each. What does the baker earn?"
+)
+
+
+def probe_servers(client: HttpClient, chat: ChatFormat, local: Any = None) -> None:
+    """Checks every server of the pool by itself.
+
+    Args:
+        client: the servers.
+        chat: the format of the student's tokenizer.
+        local: the model that they should serve (a causal language model), or None if there is no copy here.
+
+    Raises:
+        UserError: what is wrong with which server, and what to do.
+    """
+    model = served_model(client)
+    for url in client.urls:
+        alone = HttpClient([url], timeout_s=client.timeout_s, tries=2, patience_s=30, api_key=client.api_key)
+        try:
+            _probe(alone, model, chat, local)
+        except (RequestFailed, RequestRefused) as error:
+            raise UserError(
+                f"{url} does not return what is needed ({error}); it must be a vLLM server of version 0.11 or later "
+                "that takes token ids and gives return_token_ids, logprobs and prompt_logprobs"
+            ) from error
+        except _Different as error:
+            raise UserError(f"{url} ({model.name}) would bias training: {error}") from error
+
+
+class _Different(Exception):
+    """Numbers that must agree do not."""
+
+
+def _probe(client: HttpClient, model: ServedModel, chat: ChatFormat, local: Any) -> None:
+    prompt = list(chat.render_prompt([user(_QUESTION)], []))
+    turns = [_sample(client, model, chat, prompt, seed) for seed in (1, 2)]
+    for seed, turn in zip((1, 2), turns, strict=True):
+        again = _sample(client, model, chat, prompt, seed)
+        if again.token_ids != turn.token_ids:
+            raise _Different(
+                f"seed {seed} sampled {turn.token_ids[:8]} and then {again.token_ids[:8]}; a run could not be repeated"
+            )
+    # Rows of one opening and rows of another, by turns: a buffer that is not cleared shows the other's values.
+    rows = [opening + turn.token_ids for turn in turns for opening in (prompt, prompt[::-1])]
+    in_order = [_score(client, model, row) for row in rows]
+    with ThreadPoolExecutor(len(rows)) as pool:
+        at_once = list(pool.map(lambda row: _score(client, model, row), rows[::-1]))[::-1]
+    advice = "start the server with --no-enable-prefix-caching, or a version in which vLLM issue 42019 is mended"
+    for first, second in zip(in_order, at_once, strict=True):
+        _agree("scores of the same tokens, asked for in another order,", first, second, advice)
+    for turn, score in zip(turns, in_order[::2], strict=True):
+        _agree(
+            "sampled and scored log-probs of the same tokens",
+            np.asarray(turn.logprobs),
+            score[-len(turn.token_ids) :],
+            "start the server with --logprobs-mode raw_logprobs and without speculative decoding",
+        )
+    if local is not None:
+        for row, score in zip(rows, in_order, strict=True):
+            advice = "serve the very model that is loaded here, with the same dtype"
+            _agree("its log-probs and those of the model here", score, _local_scores(local, row), advice)
+
+
+def _sample(client: HttpClient, model: ServedModel, chat: ChatFormat, prompt: list[int], seed: int) -> Completion:
+    request = Request(0, prompt, SamplingParams(max_tokens=16), seed)
+    body = sampling_body(request, model.name, chat.stop_token_ids)
+    return client.post(
+        "/v1/completions", body, lambda answer: read_completion(answer, request, chat.stop_token_ids, chat.vocab_size)
+    )
+
+
+def _score(client: HttpClient, model: ServedModel, row: Sequence[int]) -> NDArray[np.float32]:
+    return score_tokens(client, model, row, range(1, len(row))).logprobs_N
+
+
+def _local_scores(model: Any, row: Sequence[int]) -> NDArray[np.float32]:
+    import torch
+
+    with torch.no_grad():
+        ids_T = torch.tensor(row, device=next(model.parameters()).device)
+        logprobs_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        found: NDArray[np.float32] = logprobs_TV.gather(1, ids_T[1:, None])[:, 0].cpu().numpy()
+        return found
+
+
+def _agree(what: str, first: NDArray[Any], second: NDArray[Any], advice: str) -> None:
+    gap = np.abs(first - second)
+    if not (gap.mean() <= MEAN_GAP and gap.max() <= MAX_GAP):
+        raise _Different(f"{what} differ by {gap.mean():.3g} nats on average and {gap.max():.3g} at most; {advice}")

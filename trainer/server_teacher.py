@@ -1,0 +1,110 @@
+"""A teacher behind vLLM servers: token ids in, log-probs of the sampled tokens out.
+
+Worked example::
+
+    teacher = ServerTeacher(HttpClient(["http://127.0.0.1:8000"]), vocab_size=chat.vocab_size)
+    logprobs_N = teacher.score(trajectories)
+
+An episode is one request; all of a batch are under way at once and the servers batch them. The tokenizer of the
+teacher cannot be seen through the API: ``probe_servers`` compares what can be, and the user answers for the rest.
+
+What differs from a teacher in this process: no hidden states (no ``full`` estimator), at most ``--max-logprobs``
+(by default 20) tokens per position for ``topk``, temperature 1 only, and padding of the vocabulary, if the model has
+any, keeps its tiny share of probability.
+
+Test it alone: ``pytest tests/trainer/test_server_teacher.py``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd_env.errors import UserError
+from opd_env.http_client import HttpClient, RequestFailed
+from opd_env.http_engine import served_model
+from opd_env.server_scores import TokenScores, score_tokens
+from opd_env.trainer.batch import Row, row_of
+from opd_env.trainer.teachers import Prompt
+from opd_env.trainer.topk import TopKScores
+from opd_env.trajectory import Trajectory
+
+
+class ServerTeacher:
+    """Scores with a pool of vLLM servers; a ``TopKTeacher``.
+
+    Args:
+        client: the servers.
+        vocab_size: tokens of the student's tokenizer; one beyond it among the k most likely is refused.
+        prompt: gives the prompt to read instead of the student's own; None keeps that.
+
+    Raises:
+        UserError: a server does not answer, or they serve different models.
+    """
+
+    def __init__(self, client: HttpClient, *, vocab_size: int, prompt: Prompt | None = None) -> None:
+        self._client = client
+        self.model = served_model(client)
+        self.name = self.model.name
+        self._vocab_size = vocab_size
+        self._prompt = prompt
+
+    def score(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """See ``Teacher``.
+
+        Raises:
+            UserError: a row is too long, could not be scored, or no server answers.
+        """
+        scores = self._scores(trajectories, 0)
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(one.logprobs_N for one in scores)]))
+
+    def score_topk(self, trajectories: Sequence[Trajectory], k: int) -> TopKScores:
+        """See ``TopKTeacher``; raises as ``score`` does."""
+        scores = self._scores(trajectories, k)
+        ids_NK = np.concatenate([np.zeros((0, k), np.int64), *(one.topk_ids_NK for one in scores)])
+        if ids_NK.size and ids_NK.max() >= self._vocab_size:
+            raise UserError(
+                f"the teacher {self.name} finds token {ids_NK.max()} likely, which the student's tokenizer of "
+                f"{self._vocab_size} tokens does not have; distil from a teacher of the student's own model family"
+            )
+        return TopKScores(
+            torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(one.logprobs_N for one in scores)])),
+            torch.from_numpy(ids_NK),
+            torch.from_numpy(np.concatenate([np.zeros((0, k), np.float32), *(one.topk_logprobs_NK for one in scores)])),
+        )
+
+    def _scores(self, trajectories: Sequence[Trajectory], k: int) -> list[TokenScores]:
+        """Of all rows at once, in their order."""
+        rows = [row_of(one, None if self._prompt is None else self._prompt(one)) for one in trajectories]
+        done: SimpleQueue[tuple[int, TokenScores | Exception]] = SimpleQueue()
+        for index, row in enumerate(rows):
+            self._client.run(self._job(index, row, k, done))
+        found: dict[int, TokenScores] = {}
+        while len(found) < len(rows):
+            index, outcome = done.get()
+            if isinstance(outcome, RequestFailed):
+                where = f"{trajectories[index].task}/{trajectories[index].example_id}"
+                raise UserError(
+                    f"the teacher {self.name} could not score the episode of {where}: {outcome}; look at the server's "
+                    "log, and give the same command to continue"
+                ) from outcome
+            if isinstance(outcome, Exception):
+                raise outcome
+            found[index] = outcome
+        return [found[index] for index in range(len(rows))]
+
+    def _job(
+        self, index: int, row: Row, k: int, done: SimpleQueue[tuple[int, TokenScores | Exception]]
+    ) -> Callable[[], None]:
+        def job() -> None:
+            try:
+                positions = np.flatnonzero(row.sampled_T).tolist()
+                done.put((index, score_tokens(self._client, self.model, row.token_ids_T.tolist(), positions, k)))
+            except Exception as error:  # carried to the caller's thread and raised there
+                done.put((index, error))
+
+        return job
