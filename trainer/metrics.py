@@ -72,7 +72,7 @@ def teacher_metrics(trajectories: Sequence[Trajectory], tokens: TokenValues) -> 
 
 
 def token_metrics(tokens: TokenValues, first: TokenValues, config: OPDConfig) -> dict[str, float]:
-    """Entropy, advantages, importance ratios, and how far sampler and trainer disagree.
+    """Entropy, advantages, mean weight, importance ratios, and how far sampler and trainer disagree.
 
     Args:
         tokens: of all updates of a step.
@@ -94,6 +94,7 @@ def token_metrics(tokens: TokenValues, first: TokenValues, config: OPDConfig) ->
         "train/entropy": float(tokens.entropy_N.mean()),
         "train/max_abs_advantage": statistics.advantage_max_abs,
         "train/mean_advantage": statistics.advantage_mean,
+        "train/token_weight": float(tokens.weights_N.mean()),
         "train/clip_fraction": 0.0 if bound is None else clip_fraction(tokens.log_ratio_N, everything, bound),
         "train/ratio_bounded_fraction": statistics.ratio_bounded_fraction,
         "train/ratio_p99": statistics.ratio_p99,

@@ -53,6 +53,8 @@ class TokenValues:
     advantages_N: Tensor
     """At the sampled token, the reward's share included. Of the divergence's share, ``full`` and ``topk`` use the sum
     over all outcomes instead."""
+    weights_N: Tensor
+    """How much the divergence counts at the token, ``divergence_coefficient`` included."""
 
     @classmethod
     def joined(cls, parts: Sequence[TokenValues]) -> TokenValues:
@@ -99,7 +101,7 @@ class OPDObjective:
         self._weights_N = _joined(np.float32, [self._config.weights.of_tokens(one) for one in trajectories])
         self._turn_N = _joined(np.int64, [one.turn[one.sampled] for one in trajectories])
         behaviour_N = _joined(np.float32, [one.logprobs[one.sampled] for one in trajectories])
-        empty = (torch.full_like(behaviour_N, torch.nan) for _ in range(5))
+        empty = (torch.full_like(behaviour_N, torch.nan) for _ in range(6))
         self.tokens = TokenValues(behaviour_N, *empty)
         self._begin_seconds = time.perf_counter() - started
 
@@ -118,7 +120,7 @@ class OPDObjective:
         weights_N = self._weights(batch, log_ratio_N)
         distilled_N = self._advantages(batch, log_ratio_N, compared, weights_N)
         rewarded_N = self._rewards_N[batch.index_N].to(logprobs_N)
-        self._note(batch, compared, log_ratio_N, kl_N, distilled_N + rewarded_N)
+        self._note(batch, compared, log_ratio_N, kl_N, distilled_N + rewarded_N, weights_N)
         loss = torch.zeros((), device=logprobs_N.device)
         if not sums or config.reward_coefficient > 0:
             loss = policy_loss(
@@ -171,18 +173,14 @@ class OPDObjective:
         counts_E = torch.tensor([one.num_sampled for one in trajectories], dtype=torch.int64)
         return self._config.reward_coefficient * relative_E.repeat_interleave(counts_E)
 
-    def _note(
-        self, batch: MicroBatch, compared: Compared, log_ratio_N: Tensor, kl_N: Tensor, advantages_N: Tensor
-    ) -> None:
+    def _note(self, batch: MicroBatch, compared: Compared, *others: Tensor) -> None:
         tokens = self.tokens
-        for place_N, value_N in (
-            (tokens.logprobs_N, compared.logprobs_N),
-            (tokens.log_ratio_N, log_ratio_N),
-            (tokens.kl_N, kl_N),
-            (tokens.entropy_N, compared.entropy_N),
-            (tokens.advantages_N, advantages_N),
+        for name, value_N in zip(
+            ("logprobs_N", "entropy_N", "log_ratio_N", "kl_N", "advantages_N", "weights_N"),
+            (compared.logprobs_N, compared.entropy_N, *others),
+            strict=True,
         ):
-            place_N[batch.index_N] = value_N.detach().float().cpu()
+            getattr(tokens, name)[batch.index_N] = value_N.detach().float().cpu()
 
 
 def sums_by_span(values_N: Tensor, span_N: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def test_an_unknown_divergence_is_refused(tmp_path):
 
 
 def test_joined_values_keep_their_order():
-    parts = [TokenValues(*(torch.tensor([float(n), n + 0.5]) for _ in range(6))) for n in range(3)]
+    parts = [TokenValues(*(torch.tensor([float(n), n + 0.5]) for _ in range(7))) for n in range(3)]
     assert TokenValues.joined(parts).kl_N.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
 
 

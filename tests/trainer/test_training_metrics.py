@@ -65,7 +65,7 @@ def test_a_rate_without_a_case_is_left_out():
 
 def values(kl):
     kl_N = torch.tensor(kl)
-    return TokenValues(-torch.ones(len(kl)), -torch.ones(len(kl)), -kl_N, kl_N, kl_N + 1, -kl_N)
+    return TokenValues(-torch.ones(len(kl)), -torch.ones(len(kl)), -kl_N, kl_N, kl_N + 1, -kl_N, kl_N * 0 + 1)
 
 
 def test_teacher_kl_by_turn_kind_and_quarter():
@@ -83,8 +83,8 @@ def test_teacher_kl_by_turn_kind_and_quarter():
 
 def test_token_metrics_tell_the_gap_of_the_first_update_from_later_drift(tmp_path):
     behaviour = torch.tensor([-1.0, -2.0])
-    first = TokenValues(behaviour, behaviour + 0.01, *(torch.ones(2) for _ in range(4)))
-    later = TokenValues(behaviour, behaviour + 1.0, *(torch.tensor([-3.0, 12.0]) for _ in range(4)))
+    first = TokenValues(behaviour, behaviour + 0.01, *(torch.ones(2) for _ in range(5)))
+    later = TokenValues(behaviour, behaviour + 1.0, *(torch.tensor([-3.0, 12.0]) for _ in range(5)))
     config = toy_config(tmp_path, estimator="sampled", clip_log_ratio=5.0, truncate_weight=2.0)
     found = token_metrics(TokenValues.joined([first, later]), first, config)
     assert found["train/logprob_gap"] == pytest.approx(0.01, abs=1e-5)
@@ -92,6 +92,7 @@ def test_token_metrics_tell_the_gap_of_the_first_update_from_later_drift(tmp_pat
     assert found["train/clip_fraction"] == 0.25
     assert found["train/max_abs_advantage"] == 12
     assert found["train/entropy"] == pytest.approx((1 + 1 - 3 + 12) / 4)
+    assert found["train/token_weight"] == pytest.approx((1 + 1 - 3 + 12) / 4)
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
