@@ -26,10 +26,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 
 from opd_env.messages import Message, ToolCall, assistant, tool_message, user
 from opd_env.tasks.base import Example, Grade, Task
+from opd_env.tasks.drawn import Drawn
 from opd_env.tasks.graders import grade_number
 from opd_env.tasks.registry import register_task
 
@@ -136,24 +136,10 @@ def split_of(example_id: str) -> str:
     return ("test", "validation")[bucket] if bucket < 2 else "train"
 
 
-class _Problems:
-    """The problems of one split, drawn in order and only as far as somebody has asked: 20,000 take about a second."""
-
-    def __init__(self, split: str, levels: tuple[int, ...], seed: int) -> None:
-        self._rest = _draw_all(split, levels, seed)
-        self._drawn: list[Example] = []
-        self._lock = Lock()
-
-    def __getitem__(self, index: int) -> Example:
-        if index >= len(self._drawn):
-            with self._lock:
-                while index >= len(self._drawn):
-                    self._drawn.append(next(self._rest))
-        return self._drawn[index]
-
-
-_problems = lru_cache(maxsize=8)(_Problems)
-"""Tasks of the same coordinates share their problems; a task itself holds none, so it is small to copy."""
+@lru_cache(maxsize=8)
+def _problems(split: str, levels: tuple[int, ...], seed: int) -> Drawn[Example]:
+    """Tasks of the same coordinates share their problems; a task itself holds none, so it is small to copy."""
+    return Drawn(_draw_all(split, levels, seed))
 
 
 def _draw_all(split: str, levels: tuple[int, ...], seed: int) -> Iterator[Example]:

@@ -30,13 +30,17 @@ Test it alone: ``pytest tests/tasks/test_graders.py``
 from __future__ import annotations
 
 import re
-from collections import deque
+import string
+from collections import Counter, deque
+from collections.abc import Sequence
 from fractions import Fraction
 
 from opd_env.tasks.base import Grade
 
 MAX_NUMBER_CHARS = 100
 MAX_EXPONENT_DIGITS = 2
+MAX_TEXT_CHARS = 200
+"""Characters of a text answer that a grade keeps."""
 
 # Possessive quantifiers (`++`, `?+`) never give characters back: linear time, and no half-read number.
 _DECIMAL = r"""
@@ -56,6 +60,8 @@ _NOT_A_SUM = r"(?! [ \t]{0,4} (?: [-+*/^×÷−x] | \\times | \\div ) [ \t]{0,4}
 
 _number = re.compile(rf"({_NUMBER})", re.VERBOSE)
 _marked_number = re.compile(rf"{_MARKER} {_BETWEEN} ({_NUMBER}) {_NOT_A_SUM}", re.VERBOSE | re.IGNORECASE)
+_article = re.compile(r"\b(?:a|an|the)\b")
+_marked_text = re.compile(r"(?:\banswer(?:\*\*)?:|\banswer is:?|<answer>)[ \t*]*([^\n<]*)", re.IGNORECASE)
 _fraction = re.compile(r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}")
 
 
@@ -128,6 +134,49 @@ def grade_number(answer: str | None, gold: str) -> Grade:
     if value != expected:
         return Grade(correct=False, extracted=extracted, reason=f"read {extracted}, expected {canonical(expected)}")
     return Grade(correct=True, extracted=extracted)
+
+
+def grade_text(answer: str | None, golds: Sequence[str]) -> Grade:
+    """Whether the short answer that a message gives is one of ``golds``: exact match and F1 as in SQuAD and HotpotQA.
+
+    The short answer is the rest of the line after the last ``Answer:``, ``answer is`` or ``<answer>``, or the whole
+    message when it has none of them. Both sides are compared in lower case, without punctuation and articles.
+
+    Args:
+        answer: the student's final message; None when there was none.
+        golds: the accepted answers.
+
+    Returns:
+        A grade that is correct on an exact match; ``exact`` and ``f1`` (the best over ``golds``) are its scores.
+    """
+    if answer is None:
+        return Grade(correct=False, reason="the episode ended without a final answer")
+    last = deque(_marked_text.finditer(answer), maxlen=1)
+    found = (last[0].group(1) if last else answer).strip(" \t\n*_`")
+    exact = any(normalise_text(found) == normalise_text(gold) for gold in golds)
+    scores = {"exact": float(exact), "f1": max(_f1(found, gold) for gold in golds)}
+    reason = "" if exact else f"read {found[:80]!r}, expected {golds[0]!r}"
+    return Grade(correct=exact, extracted=found[:MAX_TEXT_CHARS], reason=reason, scores=scores)
+
+
+def normalise_text(text: str) -> str:
+    """Lower case, without punctuation, articles and repeated spaces (the rules of SQuAD's evaluation script).
+
+    Example:
+        >>> normalise_text("The  Beatles!")
+        'beatles'
+    """
+    plain = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(_article.sub(" ", plain).split())
+
+
+def _f1(found: str, gold: str) -> float:
+    """Harmonic mean of precision and recall over words."""
+    ours, theirs = normalise_text(found).split(), normalise_text(gold).split()
+    common = (Counter(ours) & Counter(theirs)).total()
+    if {"yes", "no", "noanswer"} & {" ".join(ours), " ".join(theirs)} and ours != theirs:
+        return 0.0
+    return 2 * common / (len(ours) + len(theirs)) if common else float(ours == theirs)
 
 
 def canonical(value: Fraction) -> str:

@@ -59,12 +59,11 @@ class Math500(Task):
     def __init__(self, split: str = "test", *, path: str | Path | None = None) -> None:
         super().__init__(split)
         try:
-            from opd_env.tasks.math_equivalence import equivalent
+            import opd_env.tasks.math_equivalence  # noqa: F401
         except ImportError as error:
             raise ImportError(
                 "task 'math500' needs the package math-verify; install it with: pip install 'opd-env[math]'"
             ) from error
-        self._equivalent = equivalent
         if path is None:
             self._rows = hub_rows(HUB_NAME, None, split)
         else:
@@ -87,25 +86,36 @@ class Math500(Task):
 
     def grade(self, example: Example, answer: str | None, turns: Sequence[Message] = ()) -> Grade:
         """Right when the last boxed expression equals the gold answer, as text or as a value."""
-        if answer is None:
-            return Grade(correct=False, reason="the episode ended without a final answer")
-        found = last_boxed(answer)
-        if found is None:
-            return Grade(correct=False, reason=r"no \boxed{…} in the answer")
-        exact = normalise(found) == normalise(example.answer)
-        try:
-            same_value = self._equivalent(example.answer, found)
-            problem = ""
-        except ToolError as error:
-            same_value = False
-            problem = f"; math-verify: {error.message}"
-        correct = exact or same_value
-        return Grade(
-            correct=correct,
-            extracted=found[:200],
-            reason="" if correct else f"read {found[:80]}, expected {example.answer}{problem}",
-            scores={"exact": float(exact), "math_verify": float(same_value)},
-        )
+        return grade_math(answer, example.answer)
+
+
+def grade_math(answer: str | None, gold: str) -> Grade:
+    r"""Whether the last ``\boxed{…}`` of a message equals ``gold`` as text (``exact``) or as a value (``math_verify``).
+
+    Raises:
+        ImportError: ``math-verify`` is not installed.
+    """
+    from opd_env.tasks.math_equivalence import equivalent
+
+    if answer is None:
+        return Grade(correct=False, reason="the episode ended without a final answer")
+    found = last_boxed(answer)
+    if found is None:
+        return Grade(correct=False, reason=r"no \boxed{…} in the answer")
+    exact = normalise(found) == normalise(gold)
+    try:
+        same_value = equivalent(gold, found)
+        problem = ""
+    except ToolError as error:
+        same_value = False
+        problem = f"; math-verify: {error.message}"
+    correct = exact or same_value
+    return Grade(
+        correct=correct,
+        extracted=found[:200],
+        reason="" if correct else f"read {found[:80]}, expected {gold}{problem}",
+        scores={"exact": float(exact), "math_verify": float(same_value)},
+    )
 
 
 def last_boxed(text: str) -> str | None:

@@ -23,6 +23,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from opd_env.tasks.base import Task
@@ -40,10 +41,14 @@ _BUILT_IN = {
     "bfcl_multi_turn": "opd_env.tasks.bfcl_multi_turn:BFCLMultiTurn",
     "country_search": "opd_env.tasks.country_search:CountrySearch",
     "gsm8k": "opd_env.tasks.gsm8k:GSM8K",
+    "hotpotqa": "opd_env.tasks.multi_hop:HotpotQA",
     "math500": "opd_env.tasks.math500:Math500",
+    "musique": "opd_env.tasks.multi_hop:MuSiQue",
+    "reasoning_gym": "opd_env.tasks.reasoning_gym:ReasoningGym",
+    "svamp": "svamp.yaml",
     "tooluse68": "opd_env.tasks.tooluse68:ToolUse68",
 }
-"""Name to ``module:attribute``, so that listing the tasks imports none of them."""
+"""Name to ``module:attribute`` or to a YAML file beside this one, so that listing the tasks imports none of them."""
 
 _registered: dict[str, TaskFactory] = {}
 
@@ -72,7 +77,7 @@ def register_task(name: str) -> Callable[[FactoryT], FactoryT]:
 
 
 def get_task(name: str) -> TaskFactory:
-    """The class (or function) that ``load_task`` would call.
+    """The class (or function) that ``load_task`` would call, by name or by the path of a YAML file.
 
     Raises:
         ValueError: no task has this name.
@@ -80,6 +85,10 @@ def get_task(name: str) -> TaskFactory:
     """
     if name in _registered:
         return _registered[name]
+    if _is_table(name) or _is_table(_BUILT_IN.get(name, "")):
+        from opd_env.tasks.table import table_task
+
+        return table_task(name if _is_table(name) else Path(__file__).with_name(_BUILT_IN[name]))
     if name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].partition(":")
         factory: TaskFactory = getattr(importlib.import_module(module), attribute)
@@ -94,7 +103,7 @@ def load_task(name: str, split: str = "train", **options: Any) -> Task:
     """Builds one split of the task called ``name``.
 
     Args:
-        name: as registered; see ``list_tasks``.
+        name: as registered, see ``list_tasks``; or the path of a YAML file, see ``opd_env.tasks.table``.
         split: one of the task's own splits.
         options: the task's own, such as ``size``, ``seed`` or ``path``.
 
@@ -112,7 +121,7 @@ def load_task(name: str, split: str = "train", **options: Any) -> Task:
     task = factory(split=split, **options)
     if not isinstance(task, Task):
         raise TypeError(f"task {name!r} made a {type(task).__name__}, expected a Task")
-    task.name = name
+    task.name = Path(name).stem if _is_table(name) else name
     return task
 
 
@@ -138,6 +147,10 @@ def unknown(kind: str, got: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(got, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"no {kind} is named {got!r}{hint} Known: {', '.join(names) or 'none'}"
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _path_of(factory: TaskFactory) -> str:

@@ -50,7 +50,7 @@ def read_jsonl(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; expected one JSON object a line, with {_names(fields)}")
+        raise FileNotFoundError(f"no file {path}; expected one JSON object a line{_with(fields)}")
     rows = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -64,7 +64,31 @@ def read_jsonl(
                 raise ValueError(f"{path}, line {number}: {error}") from None
             rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no rows; expected one JSON object a line, with {_names(fields)}")
+        raise ValueError(f"{path} holds no rows; expected one JSON object a line{_with(fields)}")
+    return rows
+
+
+def read_json(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Reads a file that is one JSON list of objects. Further fields are kept.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such list, or a row is broken, named by file, number and reason.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected a JSON list of objects{_with(fields)}")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} holds no rows; expected a JSON list of objects{_with(fields)}")
+    for number, row in enumerate(rows):
+        try:
+            _check_fields(row, fields)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from None
     return rows
 
 
@@ -77,14 +101,22 @@ def _row(line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("not readable: nested too deeply") from None
+    return _check_fields(row, fields)
+
+
+def _check_fields(row: Any, fields: Mapping[str, type]) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, expected an object with {_names(fields)}")
+        raise ValueError(f"a {type(row).__name__}, expected an object{_with(fields)}")
     for name, kind in fields.items():
         if name not in row:
             raise ValueError(f"no field {name!r}, only {_names(row) or 'an empty object'}")
         if not isinstance(row[name], kind):
             raise ValueError(f"field {name!r} is a {type(row[name]).__name__}, expected {kind.__name__}")
     return row
+
+
+def _with(fields: Mapping[str, Any]) -> str:
+    return f" with {_names(fields)}" if fields else ""
 
 
 def _names(fields: Mapping[str, Any]) -> str:

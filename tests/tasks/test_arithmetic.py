@@ -6,7 +6,6 @@ import hashlib
 import json
 import pickle
 import re
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -59,13 +58,6 @@ def test_examples_do_not_depend_on_the_order_in_which_they_are_asked_for():
     arithmetic._problems.cache_clear()
     task = Arithmetic("test", seed=11)
     assert [task[index] for index in (700, 3, 999, 701)] == [in_order[index] for index in (700, 3, 999, 701)]
-
-
-def test_threads_that_ask_at_once_get_the_same_examples():
-    arithmetic._problems.cache_clear()
-    with ThreadPoolExecutor(8) as pool:
-        drawn = list(pool.map(lambda index: Arithmetic("test", seed=12)[index].id, [*range(300)] * 2))
-    assert drawn[:300] == drawn[300:] == [example.id for example in Arithmetic("test", seed=12)[:300]]
 
 
 def test_a_task_is_small_to_copy_to_another_process():
