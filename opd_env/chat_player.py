@@ -19,7 +19,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -65,7 +67,7 @@ def play_by_chat(
     player = _Player(task, server, tools, limits, replace(sampling, max_tokens=limits.max_turn_tokens), seed)
     waiting = list(episodes)[::-1]
     errors: list[EpisodeError] = []
-    in_a_row = 0
+    in_a_row, most = 0, max(_MOST_FAULTS, server.concurrency)
     pool = ThreadPoolExecutor(server.concurrency, thread_name_prefix="opd-env-chat")
     playing: dict[Future[Trajectory], tuple[int, int]] = {}
     try:
@@ -73,25 +75,24 @@ def play_by_chat(
             while waiting and len(playing) < server.concurrency:
                 job = waiting.pop()
                 playing[pool.submit(player.play, *job)] = job
-            for future in wait(playing, return_when=FIRST_COMPLETED).done:
+            done = wait(playing, return_when=FIRST_COMPLETED).done
+            # What has finished is handed over before a failure can end the evaluation.
+            for future in sorted(done, key=lambda one: one.exception() is not None):
                 index, sample = playing.pop(future)
-                try:
-                    trajectory = future.result()
-                except ServerRefused:
-                    raise
-                except Exception as error:
-                    if "PYTEST_CURRENT_TEST" in os.environ and not isinstance(error, ServerFault):
-                        raise  # a failure of the kit
-                    message = str(error) if isinstance(error, ServerFault) else f"{type(error).__name__}: {error}"
-                    errors.append(EpisodeError(task[index].id, sample, message))
-                    in_a_row += 1
-                    if in_a_row >= max(_MOST_FAULTS, server.concurrency):
-                        raise ServerRefused(
-                            f"{in_a_row} episodes in a row failed; {message}; try again later"
-                        ) from error
+                error = future.exception()
+                if error is None:
+                    in_a_row = 0
+                    on_finished(future.result())
                     continue
-                in_a_row = 0
-                on_finished(trajectory)
+                if isinstance(error, ServerRefused) or not isinstance(error, Exception):
+                    raise error
+                if "PYTEST_CURRENT_TEST" in os.environ and not isinstance(error, ServerFault):
+                    raise error  # a failure of the kit
+                message = str(error) if isinstance(error, ServerFault) else f"{type(error).__name__}: {error}"
+                errors.append(EpisodeError(task[index].id, sample, message))
+                in_a_row += 1
+                if in_a_row >= most:
+                    raise ServerRefused(f"{in_a_row} episodes in a row failed; {message}; try again later") from error
     finally:
         player.stop()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -112,25 +113,29 @@ class _Player:
     ) -> None:
         self._task, self._server, self._tools = task, server, tools
         self._limits, self._params, self._seed = limits, params, seed
-        self._idle: list[ToolEnv] = []
+        self._idle: SimpleQueue[ToolEnv] = SimpleQueue()
         self._stopped = False
 
     def play(self, index: int, sample: int) -> Trajectory:
         # The environment's clock would count the pauses for a busy server as the model's time.
         patient = replace(self._limits, max_seconds=float("inf"))
-        env = self._idle.pop() if self._idle else ToolEnv(self._task, self._tools, limits=patient)
+        try:
+            env = self._idle.get_nowait()
+        except Empty:
+            env = ToolEnv(self._task, self._tools, limits=patient)
         try:
             return self._play(env, index, sample)
         finally:
-            self._idle.append(env)
+            self._idle.put(env)
             if self._stopped:
                 self.stop()
 
     def stop(self) -> None:
         """Ends the tools; an episode that is under way ends before its next turn."""
         self._stopped = True
-        while self._idle:
-            self._idle.pop().close()
+        with suppress(Empty):
+            while True:
+                self._idle.get_nowait().close()
 
     def _play(self, env: ToolEnv, index: int, sample: int) -> Trajectory:
         _, info = env.reset(options={"index": index})

@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from opd_env.chat_player import _action, _safe_names
 from opd_env.chat_server import ChatServer, NativeCall, Reply, ServerRefused
 from opd_env.cli import main
-from opd_env.engine import SamplingParams
+from opd_env.compare import compare, read_side
+from opd_env.compare_page import write_comparison
+from opd_env.engine import SamplingParams, ScriptedEngine
 from opd_env.evaluation import EvaluationResult, evaluate
+from opd_env.export import export_evaluation
 from opd_env.formats import parse_hermes
 from opd_env.limits import RolloutLimits
+from opd_env.report import write_report
 from opd_env.store import load_trajectories
 from opd_env.tools import ToolErrorKind
 from opd_env.trajectory import StopReason
@@ -73,6 +77,19 @@ def test_nothing_is_made_up_about_tokens() -> None:
     assert flat["sampled_tokens_per_episode"] is None
     assert flat["tokens_per_episode"] is None
     assert flat["turns_per_episode"] == 2
+
+
+def test_reports_comparisons_and_exports_read_episodes_without_tokens(tmp_path: Path) -> None:
+    run(good, folder=tmp_path / "a")
+    run(lambda body, number: says("The answer is 0."), folder=tmp_path / "b")
+    page = write_report(tmp_path / "a").read_text()
+    assert "played as text" in page
+    assert "tool_call" in page
+    comparison = compare(read_side(tmp_path / "b"), read_side(tmp_path / "a"))
+    assert (len(comparison.gained), len(comparison.lost)) == (5, 0)
+    write_comparison([comparison], tmp_path / "page.html")
+    (log,) = export_evaluation(tmp_path / "a", "inspect", tmp_path / "out")
+    assert json.loads(log.read_text())["samples"][0]["metadata"]["sampled_tokens"] is None
 
 
 def test_the_server_gets_its_own_calls_back_with_their_answers() -> None:
@@ -172,6 +189,15 @@ def test_a_server_that_is_down_ends_the_evaluation_and_keeps_what_finished(tmp_p
     assert run(good, task=Doubles(40), folder=tmp_path).summary.n == 40
 
 
+def test_what_finished_beside_a_refusal_is_kept(tmp_path: Path) -> None:
+    def respond(body: dict[str, Any], number: int) -> Answer:
+        return Answer({}, 401, delay=0.3) if number_in(body) == 1 else good(body, number)
+
+    with pytest.raises(ServerRefused):
+        run(respond, folder=tmp_path, limit=2)
+    assert [one.example_id for one in load_trajectories(tmp_path)] == ["d0"]
+
+
 def test_a_wrong_key_ends_at_once() -> None:
     with pytest.raises(ServerRefused, match="HTTP 401"):
         run(lambda body, number: Answer({}, 401), task=Doubles(40), server={"concurrency": 1})
@@ -241,7 +267,5 @@ def test_the_command_takes_a_servers_address(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_an_engine_without_a_chat_format_is_refused() -> None:
-    from opd_env.engine import ScriptedEngine
-
     with pytest.raises(ValueError, match="needs the chat format"):
         evaluate(Doubles(2), ScriptedEngine(lambda request, turn: [], [0]))
