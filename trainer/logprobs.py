@@ -163,8 +163,8 @@ def full_divergence(
                 f"the student has {student_CV.shape[1]} logits, the teacher {teacher_CV.shape[1]}; where the "
                 "tokenizers are equal and only the padding differs, set vocab_size to the tokenizer's size"
             )
+        chosen = [gather(student_CV, ids_C) for ids_C in ids]  # first: the recomputation ends in expected_update
         update = expected_update(student_CV, teacher_CV, divergence, mode, clip_log_ratio)
-        chosen = [gather(student_CV, ids_C) for ids_C in ids]
         return DivergenceScores(
             *update,
             entropy_N=entropy(student_CV),

@@ -131,6 +131,7 @@ def topk_divergence(
 
     def compare(hidden_CH: Tensor, ids_CK: Tensor, teacher_CK: Tensor, *own: Tensor) -> DivergenceScores:
         student_CV = log_softmax(student_head(hidden_CH), temperature, vocab_size)
+        chosen_C = gather(student_CV, own[0]) if own else None
         rest_CV = student_CV.scatter(1, ids_CK, -math.inf)
         student_tail_C = rest_CV.logsumexp(1) if ids_CK.shape[1] < student_CV.shape[1] else rest_CV[:, 0]
         student_CB = torch.cat([student_CV.gather(1, ids_CK), student_tail_C[:, None]], dim=1)
@@ -139,7 +140,6 @@ def topk_divergence(
         loss_C, divergence_C, kl_C, baseline_C = expected_update(
             student_CB, teacher_CB, divergence, mode, clip_log_ratio
         )
-        chosen_C = gather(student_CV, own[0]) if own else None
         return DivergenceScores(loss_C, divergence_C, kl_C, baseline_C, entropy(student_CV), chosen_C)
 
     return in_chunks(compare, chunk_size, *rows.values())
