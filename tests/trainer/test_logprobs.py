@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,18 @@ def test_metrics_are_the_naive_ones_and_detached():
         for logprobs_N in (scores.logprobs_N, token_logprobs(hidden, head, ids).logprobs_N)
     )
     torch.testing.assert_close(one, other)
+
+
+def test_the_backward_pass_computes_no_metric_again():
+    jsd, calls = get_divergence("jsd"), []
+    counting = replace(jsd, minus_f_of_log=lambda log_u: (calls.append(1), jsd.minus_f_of_log(log_u))[1])
+    hidden, head = model(torch.float64, 7, 20)
+    ids = torch.randint(0, 20, (7,))
+    teacher = torch.randn(7, 20, dtype=torch.float64)
+    scores = full_divergence(hidden, head, teacher, identity, counting, token_ids_N=ids, chunk_size=3)
+    assert len(calls) == 3  # once per chunk
+    scores.loss_N.sum().backward()
+    assert len(calls) == 3
 
 
 def test_value_baseline_of_reverse_kl_is_minus_one_minus_kl():
