@@ -1,0 +1,1 @@
+"""What lets other frameworks use this one: their registries, our advantages and tools."""
