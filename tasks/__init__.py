@@ -15,7 +15,7 @@ Importing this package is cheap: no task's module, no data set and no model libr
 Test it alone: ``pytest tests/tasks``
 """
 
-from opd_env.tasks.base import Example, Grade, Task, require_trainable
+from opd_env.tasks.base import Example, Grade, Task, prompt_hash, require_trainable
 from opd_env.tasks.graders import grade_number
 from opd_env.tasks.registry import get_task, list_tasks, load_task, register_task
 
@@ -27,6 +27,7 @@ __all__ = [
     "grade_number",
     "list_tasks",
     "load_task",
+    "prompt_hash",
     "register_task",
     "require_trainable",
 ]

@@ -23,6 +23,8 @@ Test it alone: ``pytest tests/tasks/test_base.py``
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +80,8 @@ class Task(ABC, Sequence[Example]):
     redistributable: ClassVar[bool] = True
     train_splits: ClassVar[tuple[str, ...]] = ("train",)
     """Splits that may be trained on. Training on any other is refused."""
+    ordered: ClassVar[bool] = False
+    """Training takes the examples in the order of their numbers, pass after pass, instead of shuffling them."""
 
     def __init__(self, split: str = "train") -> None:
         if split not in self.splits:
@@ -140,6 +144,19 @@ class Task(ABC, Sequence[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         return (self.example(i) for i in range(len(self)))
+
+
+def prompt_hash(task: Task) -> str:
+    """Tells whether two tasks ask alike: a hash of the first example's messages and of the tools' schemas.
+
+    It knows no tokenizer and no chat template; what a model read is hashed in the results of an evaluation.
+    """
+    from opd_env.tools import Toolbox
+
+    example = task.example(0)
+    with Toolbox(task.tools_of(example)) as toolbox:
+        prompt = json.dumps([example.messages, toolbox.schemas], sort_keys=True)
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def require_trainable(task: Task) -> None:

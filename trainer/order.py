@@ -28,7 +28,7 @@ class StepProblems:
         task: to train on.
         per_step: problems of one step.
         samples: episodes of each problem.
-        seed: of the order.
+        seed: of the order, where the task has none of its own.
     """
 
     def __init__(self, task: Task, *, per_step: int, samples: int, seed: int) -> None:
@@ -45,7 +45,9 @@ class StepProblems:
         places = range(step * self._per_step, (step + 1) * self._per_step)
         seen: Counter[int] = Counter()
         problems = []
-        for index in (problem_at(place, len(self._task), self._seed) for place in places):
+        size = len(self._task)
+        for place in places:
+            index = place % size if self._task.ordered else problem_at(place, size, self._seed)
             problems.append((index, seen[index]))
             seen[index] += 1
         return problems

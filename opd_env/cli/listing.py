@@ -61,43 +61,73 @@ def _tools(arguments: Sequence[str]) -> int:
 def _tasks(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="opd-env tasks",
-        description="opd-env tasks lists the tasks; opd-env tasks NAME shows a few examples of one.",
+        description="opd-env tasks lists the tasks; opd-env tasks NAME shows one (NAME may be a YAML file); "
+        "opd-env tasks check A:train B:test looks for questions of the second in the first (exit code 1 when it "
+        "finds any).",
     )
-    parser.add_argument("name", nargs="?")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("words", nargs="*", metavar="NAME | check A:SPLIT B:SPLIT")
+    parser.add_argument("--split", help="of NAME (default: its first)")
     parser.add_argument("--options", default="{}", help='JSON options of the task, such as {"levels": [1, 2]}')
-    parser.add_argument("--count", type=int, default=3, help="examples to show (default 3)")
+    parser.add_argument("--test-options", help="check only: options of the second task (default: --options)")
+    parser.add_argument("--run-length", type=int, help="check only: equal words in a row that count (default 13)")
+    parser.add_argument("--count", type=int, default=3, help="examples, or findings, to show (default 3)")
     parser.add_argument("--imports", action="append", default=[], help="a Python file that registers your own")
     options = parser.parse_args(list(arguments))
+    import_files(options.imports)
+    match options.words:
+        case []:
+            return _list_tasks()
+        case ["check", train, test]:
+            return _check(train, test, options)
+        case [name] if name != "check":
+            return _show_task(name, options)
+        case _:
+            got = " ".join(options.words)
+            raise ValueError(f"opd-env tasks takes NAME, or check A:train B:test, got {got!r}")
+
+
+def _list_tasks() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from opd_env.tasks import list_tasks, load_task
+    from opd_env.tasks import list_tasks
     from opd_env.tasks.registry import get_task
 
-    import_files(options.imports)
+    table = Table("task", "version", "splits", "licence", "what it asks", box=None)
+    for name in list_tasks():
+        task: Any = get_task(name)
+        document = (task.__doc__ or "").strip().splitlines() or [""]
+        about = [getattr(task, field, "") for field in ("version", "splits", "licence")]
+        # A task that is made of others has these only when it is loaded.
+        version, splits, licence = ("" if isinstance(value, property) else value for value in about)
+        table.add_row(name, version, ", ".join(splits), licence, document[0])
+    Console().print(table)
+    return 0
+
+
+def _show_task(name: str, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from opd_env.tasks import load_task, prompt_hash
+    from opd_env.tasks.registry import get_task
+
+    split = options.split or next(iter(getattr(get_task(name), "splits", ("train",))))
+    task = load_task(name, split, **_json_object(options.options))
+    offered = task.tools_of(task[0])
+    tools = [tool if isinstance(tool, str) else tool.name for tool in offered]
+    own = list(offered) != list(task.tools)
+    lines = {
+        "task": f"{task.name}, {task.split} split, {len(task)} examples",
+        "version": task.version,
+        "licence": task.licence,
+        "splits": ", ".join(task.splits),
+        "training": "allowed" if task.train_allowed else "refused: this split is for evaluation only",
+        "tools": (", ".join(tools) or "none") + (" (of the first example; each has its own)" if own else ""),
+        "prompt hash": prompt_hash(task),
+    }
     console = Console()
-    if options.name is None:
-        table = Table("task", "version", "splits", "licence", "what it asks", box=None)
-        for name in list_tasks():
-            task: Any = get_task(name)
-            document = (task.__doc__ or "").strip().splitlines() or [""]
-            table.add_row(
-                name,
-                getattr(task, "version", ""),
-                ", ".join(getattr(task, "splits", ())),
-                getattr(task, "licence", ""),
-                document[0],
-            )
-        console.print(table)
-        return 0
-    task = load_task(options.name, options.split, **_json_object(options.options))
-    tools = [tool if isinstance(tool, str) else tool.name for tool in task.tools]
-    console.print(
-        f"{task.name} version {task.version}, split {task.split}: {len(task)} examples, tools: {', '.join(tools)}, "
-        f"licence {task.licence}, {'may' if task.train_allowed else 'must not'} be trained on",
-        highlight=False,
-    )
+    for key, value in lines.items():
+        console.print(f"{key:<12} {value}", highlight=False, markup=False)
     for example in task[: options.count]:
         console.print(
             f"\n[bold]{example.id}[/]  difficulty {example.difficulty}, answer {example.answer}", highlight=False
@@ -105,6 +135,29 @@ def _tasks(arguments: Sequence[str]) -> int:
         for message in example.messages:
             console.print(f"{message['role']}: {message['content']}", highlight=False, markup=False)
     return 0
+
+
+def _check(train: str, test: str, options: argparse.Namespace) -> int:
+    from opd_env.tasks import load_task
+    from opd_env.tasks.contamination import WORDS, overlap
+
+    loaded = []
+    test_options = options.options if options.test_options is None else options.test_options
+    for word, given in ((train, options.options), (test, test_options)):
+        name, colon, split = word.rpartition(":")
+        if not colon or not name:
+            raise ValueError(f"got {word!r}, expected a task and its split, such as {word.strip(':')}:test")
+        loaded.append(load_task(name, split, **_json_object(given)))
+    trained, tested = loaded
+    found = overlap(trained, tested, words=WORDS if options.run_length is None else options.run_length)
+    print(
+        f"{found.shared} of {found.test} questions of {test} share {found.words} words in a row with one of "
+        f"{found.train} of {train}; {found.identical} are identical"
+    )
+    for hit in found.hits[: options.count]:
+        what = "identical to" if hit.identical else f"{100 * hit.share:.0f} % shared, most with"
+        print(f"  {hit.test_id}  {what} {hit.train_id}: … {hit.example[:100]} …")
+    return 1 if found.hits else 0
 
 
 def _json_object(text: str) -> dict[str, Any]:

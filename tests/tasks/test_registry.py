@@ -9,8 +9,8 @@ import pytest
 from opd_env.tasks import Example, Grade, Task, get_task, list_tasks, load_task, register_task, registry
 
 BUILT_IN = {
-    "arithmetic", "bfcl", "bfcl_multi_turn", "country_search", "gsm8k", "hotpotqa", "math500", "musique",
-    "reasoning_gym", "svamp", "tooluse68",
+    "arithmetic", "bfcl", "bfcl_multi_turn", "country_search", "curriculum", "gsm8k", "hotpotqa", "math500",
+    "mixture", "musique", "reasoning_gym", "svamp", "tooluse68",
 }  # fmt: skip
 
 
