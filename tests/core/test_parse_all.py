@@ -193,10 +193,10 @@ def test_any_text_gives_spans_that_do_not_overlap(syntax: str, text: str, thinki
 def test_reading_takes_linear_time(syntax: str, unit: str) -> None:
     def seconds(repeats: int) -> float:
         text = GOOD[syntax][:12] + unit * repeats
-        start = time.perf_counter()
+        start = time.process_time()
         PARSERS[syntax](text, False, False)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(50)
     short, long = min(seconds(500) for _ in range(3)), min(seconds(8_000) for _ in range(2))
-    assert long < 16 * short * 4 + 0.05  # quadratic time would be 256 times as long
+    assert long < 16 * short * 6 + 0.05  # quadratic time would be 256 times as long

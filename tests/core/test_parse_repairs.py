@@ -95,10 +95,10 @@ def test_strings_are_never_touched(value: dict[str, object]) -> None:
 @pytest.mark.parametrize("unit", ["'", '"', "{", "[,", ",}", "\\", "```", "a", "\n", "'\\"])
 def test_repairing_takes_linear_time(unit: str) -> None:
     def seconds(repeats: int) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         parse_hermes(block(unit * repeats), repair=True)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(50)
     short, long = min(seconds(300) for _ in range(3)), min(seconds(4_800) for _ in range(2))
-    assert long < 16 * short * 4 + 0.05
+    assert long < 16 * short * 6 + 0.05
