@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_env.formats.parse import ParsedTurn
-from opd_env.messages import Message, assistant, user
+from opd_env.messages import Message
 from opd_env.trajectory import TokenKind
 
 
@@ -59,21 +59,9 @@ class ChatFormat(ABC):
         """The ids of ``tool_results``."""
         return self.tool_results(messages).ids
 
+    @abstractmethod
     def user_message(self, message: Message) -> Rendered:
-        """What follows a turn without calls when the user speaks again, up to and with the generation prompt.
-
-        Raises:
-            ValueError: the chat template rewrites earlier turns, so nothing can be appended.
-        """
-        opening, answer = user("?"), assistant("Yes.")
-        before = self.render_prompt([opening]) + self.render_assistant(answer)
-        after = self.render_prompt([opening, answer, message])
-        if after[: len(before)] != before:
-            raise ValueError(
-                "the chat template rewrites earlier turns when the conversation grows, so the user cannot speak again"
-            )
-        ids = after[len(before) :]
-        return Rendered(ids, [TokenKind.SCAFFOLD] * len(ids))
+        """What follows a turn without calls when the user speaks again, up to and with the generation prompt."""
 
     @abstractmethod
     def parse(self, ids: Sequence[int]) -> ParsedTurn:

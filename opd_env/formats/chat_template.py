@@ -56,7 +56,7 @@ Part = str | Slot
 
 @dataclass(frozen=True)
 class Scaffold:
-    """What stands around tool results: ``before`` result (``between`` result)* ``after``."""
+    """What stands around tool results: ``before`` result (``between`` result)* ``after``; or around a user message."""
 
     before: tuple[Part, ...]
     between: tuple[Part, ...]
@@ -137,12 +137,10 @@ class ChatTemplate:
             block: what encloses a result in a user message, for a template that knows no tools.
         """
         if not self.knows_tools:
-            answered = self.render([*OPENING, assistant(_TEXT), user(_TEXT)])
-            _, _, rest = self.turn_of(answered).partition(_TEXT + self.end)
-            before, found, after = rest.partition(_TEXT)
-            if not found:
-                raise ValueError(f"the chat template of {self.name} does not follow a turn by a user message")
-            return Scaffold((before + block[0],), (f"{block[1]}\n{block[0]}",), (block[1] + after,), str)
+            around = self.user_scaffold()
+            return Scaffold(
+                (*around.before, block[0]), (f"{block[1]}\n{block[0]}",), (block[1], *around.after), str
+            )
         raw = [_result(1), _result(2)]
         rest = self._rest(raw)
         quotes = (str, _as_json, str.strip)
@@ -155,6 +153,16 @@ class ChatTemplate:
         if not found:
             raise ValueError(f"the chat template of {self.name} leaves out a tool result: {rest!r}")
         return Scaffold(_parts(before, 1), _parts(between, 2), _parts(after, 3), quote)
+
+    def user_scaffold(self) -> Scaffold:
+        """What stands around a user message that follows a turn."""
+        said = _result(1)["content"]
+        _, found, rest = self.render([*OPENING, assistant(_TEXT), user(said)]).rpartition(_TEXT + self.end)
+        quote = next((quote for quote in (str, str.strip) if quote(said) in rest), None)
+        if not found or quote is None:
+            raise ValueError(f"the chat template of {self.name} does not follow a turn by a user message")
+        before, _, after = rest.partition(quote(said))
+        return Scaffold((before,), (), (after,), quote)
 
     def _rest(self, results: Sequence[Message]) -> str:
         """What follows the end-of-turn token of a turn with a call."""

@@ -7,8 +7,10 @@ of the template for the whole of it::
     chat = HermesFormat(tokenizer)          # ValueError, with the first difference, where that does not hold
     chat.not_append_only                    # (): whatever is appended, the template writes the same
 
-Thinking is the one difference that is accepted, and it is named in ``not_append_only``: some templates (Qwen 3)
-leave out or add thinking blocks when a conversation is rendered anew. Appended tokens keep what the model wrote.
+Two differences are accepted, and named in ``not_append_only``: templates that leave out or add thinking blocks when
+a conversation is rendered anew (Qwen 3), and those that move the tools' description to the last question (Mistral).
+Appended tokens stay as they are, so that training, sampling and the teacher see one and the same prefix, and an
+episode is always one row.
 
 Test it alone: ``pytest tests/core/test_formats.py tests/core/test_formats_families.py``
 """
@@ -66,6 +68,7 @@ class TemplateFormat(ChatFormat):
         stops = [special[0], tokenizer.eos_token_id, *special[1:]]
         self.stop_token_ids = tuple(dict.fromkeys(index for index in stops if index is not None))
         self._scaffold = self._template.scaffold(self.result_block)
+        self._user_scaffold = self._template.user_scaffold()
         self.not_append_only = self._prove()
 
     @abstractmethod
@@ -118,22 +121,12 @@ class TemplateFormat(ChatFormat):
         if not messages:
             raise ValueError("a turn with calls is answered by at least one tool message")
 
-        def pieces_of(parts: Sequence[Part], number: int) -> list[Piece]:
-            pieces = []
-            for part in parts:
-                if isinstance(part, str):
-                    pieces.append(Piece(part))
-                elif part.field == "id":
-                    pieces.append(Piece(CALL_ID.format(number + part.offset + 1)))
-                else:
-                    pieces.append(Piece(messages[number + part.offset].get("name", ""), trusted=False))
-            return pieces
-
+        around = self._scaffold
         pieces: list[Piece] = []
         for number, message in enumerate(messages):
-            pieces += pieces_of(self._scaffold.between if number else self._scaffold.before, number)
-            pieces.append(Piece(self._scaffold.quote(message["content"]), trusted=False))
-        pieces += pieces_of(self._scaffold.after, len(messages))
+            pieces += _pieces(around.between if number else around.before, messages, number)
+            pieces.append(Piece(around.quote(message["content"]), trusted=False))
+        pieces += _pieces(around.after, messages, len(messages))
         encoded = self._text.encode(pieces, after=self._template.end)
         kinds = [TokenKind.TOOL_OUTPUT if untrusted else TokenKind.SCAFFOLD for untrusted in encoded.untrusted]
         return Rendered(encoded.ids, kinds)
@@ -141,6 +134,14 @@ class TemplateFormat(ChatFormat):
     def results_text(self, messages: Sequence[Message]) -> str:
         """Tool results as one user message holds them, for a template that knows no tools."""
         return "\n".join(f"{self.result_block[0]}{message['content']}{self.result_block[1]}" for message in messages)
+
+    def user_message(self, message: Message) -> Rendered:
+        """See ``ChatFormat``. Special tokens written in the message are plain text to the model."""
+        around = self._user_scaffold
+        said = Piece(around.quote(message["content"]), trusted=False)
+        pieces = [*_pieces(around.before, [message], 0), said, *_pieces(around.after, [message], 1)]
+        ids = self._text.encode(pieces, after=self._template.end).ids
+        return Rendered(ids, [TokenKind.SCAFFOLD] * len(ids))
 
     def parse(self, ids: Sequence[int]) -> ParsedTurn:
         """See ``ChatFormat``."""
@@ -187,7 +188,7 @@ class TemplateFormat(ChatFormat):
         """Proves on this tokenizer that appending gives the tokens of the whole conversation's template.
 
         Returns:
-            The cases in which it does not, because the template rewrites thinking.
+            The cases in which it does not: the template rewrites thinking, or writes something before the last question.
         """
         thoughts = {"a turn without thinking": ""}
         if self._template.thinks:
@@ -200,11 +201,12 @@ class TemplateFormat(ChatFormat):
                 f"{next(iter(wrong.values()))}"
             )
         notes = [f"{case}: {difference}" for case, difference in wrong.items()]
-        if self._template.thinks:
-            answer = assistant(f"{_THOUGHT}It is 42.")
-            again = self._template.render([*OPENING, answer, user("And 7 * 8?")], self._template.tools)
-            if "I should compute." not in again:
-                notes.append("a further question: the template drops the thinking of turns before it")
+        answer, question = assistant(_THOUGHT * self._template.thinks + "It is 42."), user("And 7 * 8?")
+        appended = [*self.render_prompt(OPENING, self._template.tools), *self.render_assistant(answer)]
+        appended += self.user_message(question).ids
+        text = self._template.render([*OPENING, answer, question], self._template.tools)
+        if difference := self._first_difference(text, appended):
+            notes.append(f"a further question: {difference}")
         return tuple(notes)
 
     def _sample(self, thought: str) -> tuple[list[Message], list[str]]:
@@ -242,9 +244,11 @@ class TemplateFormat(ChatFormat):
         """The first difference between what is appended and the template; empty when there is none."""
         conversation, turns = self._sample(thought)
         text = self._template.render(conversation, self._template.tools, prompt=False)
+        return self._first_difference(text, self._appended(turns))
+
+    def _first_difference(self, text: str, appended: Sequence[int]) -> str:
         whole = self._tokenizer.encode(text, add_special_tokens=False)
-        appended = self._appended(turns)
-        if whole[: len(appended)] == appended:
+        if whole[: len(appended)] == list(appended):
             return ""
         same = next(i for i, (a, b) in enumerate(zip([*whole, None], [*appended, None], strict=False)) if a != b)
         return (
@@ -256,6 +260,19 @@ class TemplateFormat(ChatFormat):
         conversation, turns = self._sample("")
         text = self._template.render(conversation, self._template.tools, prompt=False)
         return without_thinking(text).startswith(without_thinking(self.decode(self._appended(turns))))
+
+
+def _pieces(parts: Sequence[Part], messages: Sequence[Message], number: int) -> list[Piece]:
+    """What stands before message ``number``, with what it says of messages filled in."""
+    pieces = []
+    for part in parts:
+        if isinstance(part, str):
+            pieces.append(Piece(part))
+        elif part.field == "id":
+            pieces.append(Piece(CALL_ID.format(number + part.offset + 1)))
+        else:
+            pieces.append(Piece(messages[number + part.offset].get("name", ""), trusted=False))
+    return pieces
 
 
 def join_calls(content: str, blocks: str) -> str:

@@ -111,13 +111,15 @@ PYTHONIC = (
 
 
 def _mistral(space: str, calls: str, result: str) -> str:
-    """``space`` stands after markup in the tokenizers that put one there."""
+    """``space`` stands after markup in the tokenizers that put one there. The last question is told of the tools."""
     return (
-        "{{- bos_token }}{%- set ns = namespace(system='') %}{%- for message in messages %}"
+        "{{- bos_token }}{%- set ns = namespace(system='', question=0) %}{%- for message in messages %}"
+        "{%- if message.role == 'user' %}{%- set ns.question = loop.index0 %}{%- endif %}{%- endfor %}"
+        "{%- for message in messages %}"
         "{%- if message.role == 'system' %}{%- set ns.system = message.content + '\\n\\n' %}"
-        "{%- elif message.role == 'user' %}{%- if tools %}"
+        "{%- elif message.role == 'user' %}{%- if tools and loop.index0 == ns.question %}"
         f"{{{{- '[AVAILABLE_TOOLS]{space}' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}}}{{%- endif %}}"
-        f"{{{{- '[INST]{space}' + ns.system + message.content + '[/INST]' }}}}"
+        f"{{{{- '[INST]{space}' + ns.system + message.content + '[/INST]' }}}}{{%- set ns.system = '' %}}"
         f"{{%- elif message.tool_calls %}}{calls}{{{{- eos_token }}}}"
         f"{{%- elif message.role == 'assistant' %}}{{{{- '{space}' + message.content + eos_token }}}}"
         f"{{%- else %}}{{{{- '[TOOL_RESULTS]{space}' }}}}{result}{{{{- '[/TOOL_RESULTS]' }}}}"

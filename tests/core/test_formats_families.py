@@ -70,9 +70,29 @@ def test_what_a_template_rewrites_is_named() -> None:
     found = {name: [note.split(":")[0] for note in chat.not_append_only] for name, chat in FORMATS.items()}
     assert {name: notes for name, notes in found.items() if notes} == {
         "Qwen 3": ["a turn without thinking", "a further question"],
-        "Qwen 3, not thinking": ["a turn without thinking"],
+        "Qwen 3, not thinking": ["a turn without thinking", "a further question"],
         "Qwen 3 Thinking": ["a turn without thinking", "a further question"],
+        **{name: ["a further question"] for name in ("Mistral 0.3", "Mistral Nemo", "Mistral 2025")},
     }
+
+
+@every_family
+@given(said=words)
+def test_the_user_may_speak_again(name: str, said: str) -> None:
+    """The appended tokens are the template's, and nothing that the user says is markup."""
+    chat, tokenizer = FORMATS[name], family_tokenizer(name)
+    opening, answer = user("Well?"), assistant("Yes.")
+    appended = chat.user_message(user(said))
+    assert set(appended.kinds) == {TokenKind.SCAFFOLD}
+    markup = tokenizer.convert_tokens_to_ids([*FAMILIES[name].specials, *FAMILIES[name].tags])
+    markup = [index for index in markup if chat.decode([index]).strip()]
+    harmless = chat.user_message(user("a")).ids
+    assert [index for index in appended.ids if index in markup] == [index for index in harmless if index in markup]
+    if not chat._text.holds_special(said) and not name.startswith("Qwen 3"):
+        whole = tokenizer.apply_chat_template(
+            [opening, answer, user(said)], add_generation_prompt=True, return_dict=False, add_special_tokens=False
+        )
+        assert [*chat.render_prompt([opening]), *chat.render_assistant(answer), *appended.ids] == whole
 
 
 @every_family
