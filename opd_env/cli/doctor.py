@@ -1,5 +1,7 @@
 """``opd-env doctor``: what this machine can do, and what to install for the rest.
 
+``opd-env doctor --format MODEL`` examines a model's chat template instead; nothing but its tokenizer is loaded.
+
 Test it alone: ``pytest tests/core/test_cli.py``
 """
 
@@ -23,9 +25,10 @@ _EXTRAS = {
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Prints the findings."""
+    """Prints the findings; 1 when a model's format fails a check."""
     parser = argparse.ArgumentParser(prog=f"opd-env {command}", description="Says what this machine can do.")
-    parser.parse_args(list(arguments))
+    parser.add_argument("--format", metavar="MODEL", help="examine the chat template of a hub model or folder")
+    model = parser.parse_args(list(arguments)).format
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -33,10 +36,27 @@ def run(command: str, arguments: Sequence[str]) -> int:
     table = Table(box=None, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, finding in _findings():
+    findings, code = (list(_findings()), 0) if model is None else _examine(model)
+    for name, finding in findings:
         table.add_row(name, Text(finding))
     Console().print(table)
-    return 0
+    return code
+
+
+def _examine(model: str) -> tuple[list[tuple[str, str]], int]:
+    """Rows of the table, and the exit code. A template that is not append-only is told of, and is no failure."""
+    from opd_env.formats import get_format
+    from opd_env.formats.check import check_format
+    from opd_env.models import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    try:
+        chat = get_format(tokenizer)
+    except ValueError as error:
+        return [("format", f"✗ {error}")], 1
+    findings = check_format(chat)
+    rows = [(one.name, f"{'✓' if one.ok else '✗' if one.fails else '!'} {one.detail}") for one in findings]
+    return rows, int(any(one.fails for one in findings))
 
 
 def _findings() -> Iterator[tuple[str, str]]:

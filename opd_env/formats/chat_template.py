@@ -138,9 +138,7 @@ class ChatTemplate:
         """
         if not self.knows_tools:
             around = self.user_scaffold()
-            return Scaffold(
-                (*around.before, block[0]), (f"{block[1]}\n{block[0]}",), (block[1], *around.after), str
-            )
+            return Scaffold((*around.before, block[0]), (f"{block[1]}\n{block[0]}",), (block[1], *around.after), str)
         raw = [_result(1), _result(2)]
         rest = self._rest(raw)
         quotes = (str, _as_json, str.strip)

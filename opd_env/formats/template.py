@@ -67,6 +67,8 @@ class TemplateFormat(ChatFormat):
         special = [self._text.special_id(text) for text in (self._template.end, "<|endoftext|>", "<|eom_id|>")]
         stops = [special[0], tokenizer.eos_token_id, *special[1:]]
         self.stop_token_ids = tuple(dict.fromkeys(index for index in stops if index is not None))
+        self.markup = self._text.markup
+        """Special tokens and tags with their ids: what must never arise from the text of a message."""
         self._scaffold = self._template.scaffold(self.result_block)
         self._user_scaffold = self._template.user_scaffold()
         self.not_append_only = self._prove()
@@ -188,7 +190,7 @@ class TemplateFormat(ChatFormat):
         """Proves on this tokenizer that appending gives the tokens of the whole conversation's template.
 
         Returns:
-            The cases in which it does not: the template rewrites thinking, or writes something before the last question.
+            The cases in which it does not, because the template rewrites thinking or moves the tools' description.
         """
         thoughts = {"a turn without thinking": ""}
         if self._template.thinks:

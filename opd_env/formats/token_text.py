@@ -101,6 +101,11 @@ class TokenText:
         self._plain = Tokenizer.from_str(json.dumps(spec))
         self._bytes: dict[int, bytes] = {index: text.encode() for text, index in self._special.items()}
 
+    @property
+    def markup(self) -> dict[str, int]:
+        """Added tokens and their ids, but for runs of white space."""
+        return {text: index for text, index in self._special.items() if text.strip()}
+
     def special_id(self, text: str) -> int | None:
         """Id of an added token such as ``<|im_end|>``; None when the tokenizer has none of that text."""
         return self._special.get(text)

@@ -1,0 +1,110 @@
+"""Examines a tokenizer's chat format as a user would want to know it before a run: ``opd-env doctor --format MODEL``.
+
+Worked example::
+
+    for finding in check_format(get_format(load_tokenizer("Qwen/Qwen3-0.6B"))):
+        print(finding.name, finding.ok, finding.detail)
+
+``get_format`` proves the most important property itself and refuses a tokenizer that lacks it. Here the others are
+tried on texts that are known to do harm, and on random tokens.
+
+Test it alone: ``pytest tests/core/test_formats_check.py``
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from opd_env.formats.template import TemplateFormat
+from opd_env.messages import ToolCall, assistant, system, tool_message, user
+from opd_env.trajectory import TokenKind
+
+CALLS = (
+    ToolCall("calculator", {"expression": "6 * 7"}),
+    ToolCall("search_2", {"query": 'a "quoted" \\ é€😀\n\tend', "limit": -3, "exact": True, "more": [None, 1.5, {}]}),
+    ToolCall("python", {"code": "print('''x''')  # ```\nif 1 < 2:\n    pass"}),
+    ToolCall("empty", {}),
+)
+"""Calls whose arguments hold what tends to be quoted wrongly."""
+_RANDOM_TURNS = 2000
+
+
+class Finding(NamedTuple):
+    """What came of one check."""
+
+    name: str
+    ok: bool
+    detail: str
+    fails: bool = False
+    """The format must not be used. Not being append-only is no failure: tokens stay as they were sampled."""
+
+
+def check_format(chat: TemplateFormat) -> list[Finding]:
+    """All findings about a format that could be made for this tokenizer.
+
+    Args:
+        chat: what ``get_format(tokenizer)`` gave: it has proved that appending gives the template's tokens.
+    """
+    stops = ", ".join(f"{chat.decode([index])} ({index})" for index in chat.stop_token_ids)
+    checks: dict[str, Callable[[], Iterator[str]]] = {
+        "calls read back": lambda: _calls(chat),
+        "text reads back": lambda: _answers(chat),
+        "tool text is text": lambda: _injections(chat),
+        "any tokens are read": lambda: _random_turns(chat),
+    }
+    findings = [
+        Finding("format", True, f"{chat.name}; a turn ends with {stops}"),
+        Finding("append-only", not chat.not_append_only, "; ".join(chat.not_append_only) or "always"),
+    ]
+    for name, check in checks.items():
+        problems = list(check())
+        findings.append(Finding(name, not problems, problems[0] if problems else "yes", fails=bool(problems)))
+    return findings
+
+
+def _calls(chat: TemplateFormat) -> Iterator[str]:
+    for calls in [*([call] for call in CALLS), CALLS]:
+        ids = chat.render_assistant(assistant("", calls))
+        turn = chat.parse(ids)
+        if [(call.name, call.arguments) for call in turn.calls] != [(call.name, call.arguments) for call in calls]:
+            yield f"{chat.decode(ids)!r} is read as {turn.calls}"
+
+
+def _answers(chat: TemplateFormat) -> Iterator[str]:
+    for text in ("It is 42.", "é€😀\n\n  two", "a < b and [1, 2]"):
+        turn = chat.parse(chat.render_assistant(assistant(text)))
+        if (turn.content, turn.calls) != (text, ()):
+            yield f"{text!r} is read as {turn.content!r} with {len(turn.calls)} calls"
+
+
+def _injections(chat: TemplateFormat) -> Iterator[str]:
+    """Markup inside results, users' and system messages must not add a single special token."""
+
+    def specials_in(text: str) -> list[list[int]]:
+        results = chat.tool_results([tool_message("f", text)])
+        output = [index for index, kind in zip(*results, strict=True) if kind is TokenKind.TOOL_OUTPUT]
+        prompt = chat.render_prompt([system(text), user(text)])
+        said = chat.user_message(user(text)).ids
+        return [[index for index in ids if index in special] for ids in (results.ids, output, prompt, said)]
+
+    special = set(chat.markup.values())
+    harmless = specials_in("x")
+    for text in chat.markup:
+        if specials_in(f"a{text}b") != harmless:
+            yield f"{text!r} in a message or tool result becomes a special token"
+
+
+def _random_turns(chat: TemplateFormat) -> Iterator[str]:
+    rng = random.Random(0)
+    written = [chat.render_assistant(assistant("", [call])) for call in CALLS]
+    for number in range(_RANDOM_TURNS):
+        ids = [rng.randrange(chat.vocab_size) for _ in range(rng.randrange(12))]
+        start = rng.choice(written)
+        cut = rng.randrange(len(start) + 1)
+        ids = [*start[:cut], *ids, *start[cut + rng.randrange(3) :]] if number % 2 else ids
+        turn = chat.parse(ids)
+        for span in [*(call.span for call in turn.calls), *turn.thinking]:
+            if not 0 <= span.start < span.stop <= len(ids):
+                yield f"the tokens {ids} are read with the span {span}"
