@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from opd_env.tools import ToolErrorKind
@@ -120,10 +120,20 @@ def read_turn(
         if match.group() in _THINKING:
             position = skip_thought(match.start(), match.end(), match.group())
         elif found := read(match, blank):
-            calls += found
+            calls += _with_room(found)
             position, blank = found[-1].span.stop, False
         else:
             content.append(match.group())
             position, blank = match.end(), False
     content.append(text[position:])
     return ParsedTurn(text, "".join(content).strip(), tuple(calls), tuple(thoughts))
+
+
+def _with_room(calls: Sequence[ParsedCall]) -> Sequence[ParsedCall]:
+    """A text that ends after a separator leaves nothing for the call that should follow: that gets the separator."""
+    *others, last = calls
+    if last.span.start < last.span.stop:
+        return calls
+    *others, before = others
+    cut = last.span.start - 1
+    return [*others, replace(before, span=Span(before.span.start, cut)), replace(last, span=Span(cut, cut + 1))]

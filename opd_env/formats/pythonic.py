@@ -121,7 +121,7 @@ class _Problem(Exception):
 
 
 def _call_of(raw: str) -> tuple[str, dict[str, Any]]:
-    if _depth(raw) > _DEEPEST:
+    if sum(map(raw.count, "([{")) > _DEEPEST and _depth(raw) > _DEEPEST:
         raise _Problem("it is nested too deeply")
     try:
         node = ast.parse(raw, mode="eval").body
@@ -136,16 +136,23 @@ def _call_of(raw: str) -> tuple[str, dict[str, Any]]:
             if keyword.arg in arguments:
                 raise _Problem(f"the argument {keyword.arg!r} stands twice")
             arguments[keyword.arg] = _literal(keyword.value)
-        name = ast.unparse(node.func)
+        name = _name(node.func)
     except SyntaxError as error:
         raise _Problem(f"{error.msg} at character {error.offset or 1}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise _Problem(str(error) or "it is nested too deeply") from None
-    if not re.fullmatch(r"\w+(\.\w+)*", name):
-        raise _Problem("the name of the tool is not a name")
-    if not is_unicode(arguments):
+    if ("\\" in raw or not raw.isascii()) and not is_unicode(arguments):
         raise _Problem("it holds half of a surrogate pair")
     return name, arguments
+
+
+def _name(node: ast.expr) -> str:
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=inner, attr=name):
+            return f"{_name(inner)}.{name}"
+    raise _Problem("the name of the tool is not a name")
 
 
 def _depth(text: str) -> int:

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from opd_env.formats.parse import Span
@@ -47,17 +49,31 @@ class Decoded:
     """The text of a token sequence. Bytes that are not UTF-8 become U+FFFD, one for each byte."""
 
     text: str
-    byte_of_char: NDArray[np.int64]
-    """Byte offset of every character, and of the end; shape ``[len(text) + 1]``."""
-    byte_of_token: NDArray[np.int64]
-    """Byte offset of every token, and of the end; shape ``[tokens + 1]``."""
+    _escaped: str
+    """The text with a lone surrogate for each byte that is not UTF-8."""
+    _chunks: list[bytes]
+    """What each token stands for."""
 
     def tokens_of(self, span: Span) -> Span:
         """The smallest range of tokens that covers a non-empty range of characters."""
         first_byte, last_byte = self.byte_of_char[span.start], self.byte_of_char[span.stop] - 1
-        first = int(np.searchsorted(self.byte_of_token, first_byte, side="right")) - 1
-        last = int(np.searchsorted(self.byte_of_token, last_byte, side="right")) - 1
-        return Span(first, last + 1)
+        return Span(bisect_right(self.byte_of_token, first_byte) - 1, bisect_right(self.byte_of_token, last_byte))
+
+    @cached_property
+    def byte_of_char(self) -> Sequence[int]:
+        """Byte offset of every character, and of the end."""
+        if self._escaped.isascii():
+            return range(len(self._escaped) + 1)
+        codes = np.frombuffer(self._escaped.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        widths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+        widths[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
+        offsets: list[int] = [0, *np.cumsum(widths).tolist()]
+        return offsets
+
+    @cached_property
+    def byte_of_token(self) -> Sequence[int]:
+        """Byte offset of every token, and of the end."""
+        return list(accumulate(map(len, self._chunks), initial=0))
 
 
 class _Prefix(StrEnum):
@@ -176,25 +192,19 @@ class TokenText:
 
     def decode(self, ids: Sequence[int]) -> Decoded:
         """The text of any ids, special tokens written out; ids outside the vocabulary become U+FFFD."""
-        chunks = [self._token_bytes(index) for index in ids]
-        data = b"".join(chunks)
-        escaped = data.decode("utf-8", "surrogateescape")
-        codes = np.frombuffer(escaped.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        broken = (codes >= 0xDC80) & (codes <= 0xDCFF)
-        widths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
-        widths[broken] = 1
-        return Decoded(
-            text=re.sub("[\udc80-\udcff]", "\ufffd", escaped) if broken.any() else escaped,
-            byte_of_char=np.concatenate([[0], np.cumsum(widths)]).astype(np.int64),
-            byte_of_token=np.concatenate([[0], np.cumsum([len(chunk) for chunk in chunks])]).astype(np.int64),
-        )
+        known = self._bytes
+        chunks = [known[index] if index in known else self._token_bytes(index) for index in ids]
+        escaped = b"".join(chunks).decode("utf-8", "surrogateescape")
+        return Decoded(escaped if escaped.isascii() else _BROKEN.sub("\ufffd", escaped), escaped, chunks)
 
     def _token_bytes(self, index: int) -> bytes:
-        if index not in self._bytes:
-            token = self._plain.id_to_token(index) if 0 <= index < 1 << 31 else None
-            spelled = None if token is None else self._spelling(token)
-            self._bytes[index] = b"\xff" if spelled is None else spelled
-        return self._bytes[index]
+        token = self._plain.id_to_token(index) if 0 <= index < 1 << 31 else None
+        spelled = None if token is None else self._spelling(token)
+        found = self._bytes[index] = b"\xff" if spelled is None else spelled
+        return found
+
+
+_BROKEN = re.compile("[\udc80-\udcff]")
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

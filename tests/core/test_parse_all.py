@@ -125,6 +125,11 @@ def test_thinking_has_other_tags_in_mistral() -> None:
         ("tool_code", "```tool_code\nx = a(x=1)\n```", [(None, INVALID)], ""),
         ("tool_code", "```tool_code\n```", [(None, INVALID)], ""),
         ("tool_code", "```tool_code\na(x=1)", [(None, UNTERMINATED)], ""),
+        ("tool_code", "```tool_code\na(x=1)\n", [("a", {"x": 1}), (None, UNTERMINATED)], ""),
+        ("mistral", '[TOOL_CALLS][{"name": "a"},', [("a", {}), (None, UNTERMINATED)], ""),
+        ("pythonic", "[a(x=1),", [("a", {"x": 1}), (None, UNTERMINATED)], ""),
+        ("pythonic", "[a.b.c(x=1)]", [("a.b.c", {"x": 1})], ""),
+        ("pythonic", "[a()(x=1)]", [(None, INVALID)], ""),
         ("tool_code", "```python\na(x=1)\n```", [], "```python\na(x=1)\n```"),
     ],
 )  # fmt: skip
@@ -135,6 +140,7 @@ def test_what_is_a_call_and_what_is_not(
     assert found(turn) == calls
     assert turn.content == content
     assert all(call.message for call in turn.calls if call.error)
+    assert all(call.span.start < call.span.stop for call in turn.calls)
 
 
 def test_calls_of_one_block_divide_it_among_them() -> None:
