@@ -24,6 +24,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from opd_env.formats.parse import Span
@@ -56,23 +57,26 @@ class Decoded:
 
     def tokens_of(self, span: Span) -> Span:
         """The smallest range of tokens that covers a non-empty range of characters."""
-        first_byte, last_byte = self.byte_of_char[span.start], self.byte_of_char[span.stop] - 1
-        return Span(bisect_right(self.byte_of_token, first_byte) - 1, bisect_right(self.byte_of_token, last_byte))
+        first, last = span.start, span.stop - 1
+        if not self._escaped.isascii():
+            first, last = int(self.byte_of_char[span.start]), int(self.byte_of_char[span.stop]) - 1
+        return Span(bisect_right(self._token_starts, first) - 1, bisect_right(self._token_starts, last))
 
     @cached_property
-    def byte_of_char(self) -> Sequence[int]:
-        """Byte offset of every character, and of the end."""
-        if self._escaped.isascii():
-            return range(len(self._escaped) + 1)
+    def byte_of_char(self) -> NDArray[np.int64]:
+        """Byte offset of every character, and of the end; shape ``[len(text) + 1]``."""
         codes = np.frombuffer(self._escaped.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         widths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
         widths[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
-        offsets: list[int] = [0, *np.cumsum(widths).tolist()]
-        return offsets
+        return np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
 
     @cached_property
-    def byte_of_token(self) -> Sequence[int]:
-        """Byte offset of every token, and of the end."""
+    def byte_of_token(self) -> NDArray[np.int64]:
+        """Byte offset of every token, and of the end; shape ``[tokens + 1]``."""
+        return np.array(self._token_starts, dtype=np.int64)
+
+    @cached_property
+    def _token_starts(self) -> list[int]:
         return list(accumulate(map(len, self._chunks), initial=0))
 
 
