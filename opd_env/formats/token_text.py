@@ -49,11 +49,18 @@ class Encoded(NamedTuple):
 class Decoded:
     """The text of a token sequence. Bytes that are not UTF-8 become U+FFFD, one for each byte."""
 
-    text: str
-    _escaped: str
-    """The text with a lone surrogate for each byte that is not UTF-8."""
-    _chunks: list[bytes]
+    chunks: list[bytes]
     """What each token stands for."""
+
+    @cached_property
+    def text(self) -> str:
+        """All of it."""
+        return self._escaped if self._escaped.isascii() else _BROKEN.sub("\ufffd", self._escaped)
+
+    @cached_property
+    def _escaped(self) -> str:
+        """The text with a lone surrogate for each byte that is not UTF-8."""
+        return b"".join(self.chunks).decode("utf-8", "surrogateescape")
 
     def tokens_of(self, span: Span) -> Span:
         """The smallest range of tokens that covers a non-empty range of characters."""
@@ -77,7 +84,7 @@ class Decoded:
 
     @cached_property
     def _token_starts(self) -> list[int]:
-        return list(accumulate(map(len, self._chunks), initial=0))
+        return list(accumulate(map(len, self.chunks), initial=0))
 
 
 class _Prefix(StrEnum):
@@ -197,9 +204,7 @@ class TokenText:
     def decode(self, ids: Sequence[int]) -> Decoded:
         """The text of any ids, special tokens written out; ids outside the vocabulary become U+FFFD."""
         known = self._bytes
-        chunks = [known[index] if index in known else self._token_bytes(index) for index in ids]
-        escaped = b"".join(chunks).decode("utf-8", "surrogateescape")
-        return Decoded(escaped if escaped.isascii() else _BROKEN.sub("\ufffd", escaped), escaped, chunks)
+        return Decoded([known[index] if index in known else self._token_bytes(index) for index in ids])
 
     def _token_bytes(self, index: int) -> bytes:
         token = self._plain.id_to_token(index) if 0 <= index < 1 << 31 else None

@@ -1,0 +1,88 @@
+"""A teacher whose scores do not belong to the student's tokens is refused before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd_env.models import LoadedModel
+from opd_env.trainer.alignment import require_aligned
+from opd_env.trainer.teachers import LocalTeacher
+from opd_env.trajectory import Trajectory
+from tests.core.tiny import tiny_llama, tiny_tokenizer
+from tests.trainer.toy import loaded, made_trajectory
+
+VOCABULARY = len(tiny_tokenizer())
+STUDENT = loaded(5, spread=0.5)
+
+
+def sampled_by(model: LoadedModel, count: int = 12) -> list[Trajectory]:
+    """Episodes with the log-probs that the model gives their tokens."""
+    teacher = LocalTeacher(model, vocab_size=VOCABULARY)
+    episodes = [made_trajectory(seed, prompt=9, turns=(8, 11)) for seed in range(count)]
+    for index, scores in enumerate(torch.split(teacher.score(episodes), [one.num_sampled for one in episodes])):
+        logprobs = np.zeros_like(episodes[index].logprobs)
+        logprobs[episodes[index].sampled] = scores.numpy()
+        episodes[index] = replace(episodes[index], logprobs=logprobs)
+    return episodes
+
+
+EPISODES = sampled_by(STUDENT)
+
+
+def shifted(scores_N: torch.Tensor, by: int) -> torch.Tensor:
+    """Scores of the neighbouring token, as an engine that is off by one would give them."""
+    return torch.cat([torch.roll(part, by) for part in torch.split(scores_N, [one.num_sampled for one in EPISODES])])
+
+
+def test_the_same_model_has_no_divergence_from_itself() -> None:
+    scores = LocalTeacher(STUDENT, vocab_size=VOCABULARY).score(EPISODES)
+    ours = torch.cat([torch.from_numpy(one.logprobs[one.sampled]) for one in EPISODES])
+    torch.testing.assert_close(scores, ours)
+    require_aligned("student", EPISODES, scores, same_model=True)
+
+
+def test_padding_of_the_head_keeps_the_same_model_the_same() -> None:
+    """A checkpoint of 151,936 rows and one of 152,064 are one model if the tokens of the tokenizer are."""
+    padded = tiny_llama(VOCABULARY + 40, seed=5, initializer_range=0.5)
+    state = STUDENT.model.state_dict()
+    for name, tensor in padded.state_dict().items():
+        rows = state[name].shape[0]
+        tensor[:rows].copy_(state[name])
+    teacher = LocalTeacher(LoadedModel(padded, tiny_tokenizer(), "padded"), vocab_size=VOCABULARY)
+    require_aligned("padded", EPISODES, teacher.score(EPISODES), same_model=True)
+
+
+def test_another_model_in_place_of_the_same_is_refused() -> None:
+    scores = LocalTeacher(loaded(6, spread=0.5), vocab_size=VOCABULARY).score(EPISODES)
+    require_aligned("other", EPISODES, scores)
+    with pytest.raises(ValueError, match=r"the teacher other is the student itself, but scores its tokens .* nats off"):
+        require_aligned("other", EPISODES, scores, same_model=True)
+
+
+@pytest.mark.parametrize(("by", "direction"), [(1, "later"), (-1, "earlier")])
+def test_scores_shifted_by_one_token_are_refused(by: int, direction: str) -> None:
+    scores = LocalTeacher(STUDENT, vocab_size=VOCABULARY).score(EPISODES)
+    noise = torch.randn(len(scores), generator=torch.Generator().manual_seed(0)) * 0.5
+    require_aligned("teacher", EPISODES, scores + noise)
+    with pytest.raises(ValueError, match=rf"are shifted by one token: .* when read one token {direction}"):
+        require_aligned("teacher", EPISODES, shifted(scores + noise, by))
+
+
+@given(seed=st.integers(0, 10_000))
+def test_a_teacher_that_knows_nothing_of_the_student_is_no_shift(seed: int) -> None:
+    scores = -torch.rand(sum(one.num_sampled for one in EPISODES), generator=torch.Generator().manual_seed(seed)) * 5
+    require_aligned("teacher", EPISODES, scores)
+
+
+def test_nothing_is_told_from_certain_or_forbidden_tokens_or_none() -> None:
+    certain = [replace(one, logprobs=np.zeros_like(one.logprobs)) for one in EPISODES]
+    scores = LocalTeacher(STUDENT, vocab_size=VOCABULARY).score(EPISODES)
+    require_aligned("teacher", certain, scores)
+    require_aligned("teacher", EPISODES, torch.full_like(scores, -torch.inf))
+    require_aligned("teacher", [], torch.empty(0))
