@@ -4,6 +4,7 @@ Worked example::
 
     Toolbox(["python"]).call("python", {"code": "print(6 * 7)"}).content         # '42\n'
     Toolbox([python_tool(stateful=True)])        # a REPL: variables stay for the episode
+    Toolbox([python_tool(files={"prices.csv": b"pen,1.5"})])        # each program can open("prices.csv")
 
 Where no kernel sandbox works, a run is refused before its first episode (``Tool.sandbox``), and a call answers a
 ``sandbox`` error that says why: the code never runs without a wall unless a sandbox that has none is passed in by hand.
@@ -16,12 +17,13 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from opd_env.tools.base import Tool, tool
 from opd_env.tools.errors import ToolError, ToolErrorKind
-from opd_env.tools.sandbox import ExecResult, Sandbox, SandboxUnavailable, Session, Status, open_sandbox
-from opd_env.tools.sandbox.output import shorten
+from opd_env.tools.sandbox import ExecResult, Level, Sandbox, SandboxUnavailable, Session, Status, open_sandbox
+from opd_env.tools.sandbox.output import check_files, shorten
 
 MAX_OUTPUT_CHARS = 4000
 """Characters of output that the model is shown; the middle of a longer text is cut out."""
@@ -45,18 +47,29 @@ _EXPLANATIONS = {
 _STATE_LOST = "The session was ended: all variables and imports are lost. "
 
 
-def python_tool(*, stateful: bool = False, sandbox: Sandbox | None = None) -> Tool:
+def python_tool(
+    *, stateful: bool = False, files: Mapping[str, bytes] | None = None, sandbox: Sandbox | None = None
+) -> Tool:
     """Runs Python programs in the kernel sandbox.
 
     Args:
         stateful: keep one interpreter for the episode, and print the value of the last expression.
+        files: put into the folder of each program, by plain file names; the student is told of them. They need
+            ``namespaces``, and cannot be given to a stateful tool.
         sandbox: run in this one (it stays yours to close). By default all tools of this process share the
             one that ``open_sandbox()`` gives, opened at the first call.
     """
 
     def get_sandbox() -> Sandbox:
-        return sandbox or shared_sandbox()
+        found = sandbox or shared_sandbox()
+        if files and found.level is Level.LANDLOCK:
+            raise SandboxUnavailable(
+                "The python tool has files, and level landlock has no folder for them.", "See what namespaces need."
+            )
+        return found
 
+    if stateful and files:
+        raise ValueError("files can be given to single programs only, not to stateful=True")
     if stateful:
         return _stateful_tool(get_sandbox)
 
@@ -67,9 +80,11 @@ def python_tool(*, stateful: bool = False, sandbox: Sandbox | None = None) -> To
         Args:
             code: The program. Use print to see a result.
         """
-        return _answer(_opened(get_sandbox).run(code), "")
+        return _answer(_opened(get_sandbox).run(code, files=files), "")
 
-    return python
+    if not check_files(files):
+        return python
+    return replace(python, description=f"{python.description} Files in its folder: {', '.join(sorted(files or ()))}.")
 
 
 class Repl:

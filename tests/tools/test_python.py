@@ -7,7 +7,7 @@ import pytest
 from opd_env.tools import Toolbox, ToolError, ToolErrorKind, get_tool
 from opd_env.tools import python as python_module
 from opd_env.tools.python import Repl, python_tool
-from opd_env.tools.sandbox import Limits, SandboxUnavailable, open_sandbox
+from opd_env.tools.sandbox import Level, Limits, SandboxUnavailable, open_sandbox
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,31 @@ def test_a_machine_without_a_sandbox_refuses_and_says_why(monkeypatch):
     assert "Use Linux" in caught.value.message
 
 
+def test_files_are_there_for_each_program_anew_and_the_student_is_told(sandbox):
+    tool = python_tool(files={"prices.csv": b"pen,1.5"}, sandbox=sandbox)
+    assert tool.description.endswith("Files in its folder: prices.csv.")
+    read = "print(open('prices.csv').read())"
+    assert tool(code=f"{read}\nopen('prices.csv', 'w').write('spoilt')") == "pen,1.5\n"
+    assert tool(code=read) == "pen,1.5\n"
+
+
+@pytest.mark.parametrize("options", [{"stateful": True, "files": {"a": b""}}, {"files": {"../a": b""}}])
+def test_files_that_cannot_be_given_are_refused(options):
+    with pytest.raises(ValueError, match=r"single programs only|plain file name"):
+        python_tool(**options)
+
+
+def test_files_without_a_folder_are_refused_before_the_first_call():
+    class Landlock:
+        level = Level.LANDLOCK
+
+    with (
+        Toolbox([python_tool(files={"a": b""}, sandbox=Landlock())]) as toolbox,
+        pytest.raises(SandboxUnavailable, match="no folder"),
+    ):
+        toolbox.sandbox_levels()
+
+
 def test_a_repl_keeps_variables_and_says_when_they_are_lost(sandbox):
     repl = Repl(lambda: sandbox)
     repl.run("x = 41")
@@ -100,6 +125,9 @@ def test_by_name_in_a_toolbox_it_runs_in_the_kernel_sandbox():
         result = toolbox.call("python", {"code": "open('/etc/passwd')"})
         assert result.error is ToolErrorKind.EXCEPTION
         assert toolbox.call("python", {}).error is ToolErrorKind.SCHEMA
+    if python_module.shared_sandbox().level == "namespaces":
+        with Toolbox([get_tool("python", files={"a.txt": b"here"})]) as toolbox:
+            assert toolbox.call("python", {"code": "print(open('a.txt').read())"}).content == "here\n"
     assert python_module.shared_sandbox().level in ("namespaces", "landlock")
 
 

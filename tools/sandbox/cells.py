@@ -33,7 +33,14 @@ class CellChannel:
         self.exited = False
         """The last cell asked for the process's end."""
 
-    def run(self, number: int, source: bytes, wall_s: float, look: Callable[[], Status | None]) -> Status:
+    def run(
+        self,
+        number: int,
+        source: bytes,
+        wall_s: float,
+        look: Callable[[], Status | None],
+        wake: Callable[[], object] = lambda: None,
+    ) -> Status:
         """Runs a cell and says how it ended. After anything but OK or ERROR the process must be killed.
 
         Args:
@@ -41,13 +48,16 @@ class CellChannel:
             source: the code.
             wall_s: seconds until it times out.
             look: called now and then: a status if the process must not go on.
+            wake: called when the cell is on its way: a process that is woken after that is not woken twice.
         """
         if self._unasked():
             return Status.KILLED
         message, reply = memoryview(CELL_HEADER.pack(len(source)) + source), b""
         deadline = time.monotonic() + wall_s
+        message = self._send(message)
+        wake()
         poll = select.poll()
-        poll.register(self._channel, select.POLLIN | select.POLLOUT)
+        poll.register(self._channel, select.POLLIN | (select.POLLOUT if message else 0))
         if not self.reader.ended:
             poll.register(self.reader, select.POLLIN)
         while len(reply) < CELL_REPLY.size:
@@ -63,8 +73,7 @@ class CellChannel:
                     poll.unregister(self.reader)
             event = events.get(self._channel.fileno(), 0)
             if event & select.POLLOUT and message:
-                with contextlib.suppress(OSError):  # if it is gone, the read below says so
-                    message = message[self._channel.send(message) :]
+                message = self._send(message)
                 if not message:
                     poll.modify(self._channel, select.POLLIN)
             if event & (select.POLLIN | select.POLLHUP | select.POLLERR):
@@ -72,7 +81,7 @@ class CellChannel:
                 if not part:
                     return look() or Status.KILLED
                 reply += part
-            elif (status := look()) is not None and not events:
+            elif not events and (status := look()) is not None:
                 return status
         self.reader.drain()
         got, outcome = CELL_REPLY.unpack(reply)
@@ -86,6 +95,12 @@ class CellChannel:
     def _unasked(self) -> bool:
         """Whether the process has said something that nobody asked for, or has closed its end."""
         return bool(select.select([self._channel], [], [], 0)[0])
+
+    def _send(self, message: memoryview) -> memoryview:
+        """Sends as much as there is room for; what is left."""
+        with contextlib.suppress(OSError):  # full, or gone: the next read says so
+            return message[self._channel.send(message) :]
+        return message
 
     def _receive(self, size: int) -> bytes:
         try:

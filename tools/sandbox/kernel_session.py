@@ -65,13 +65,12 @@ class KernelSession(Session):
                 self._end()
                 raise SessionEnded("the session's process is gone, and its variables with it; open a new one")
             self._cells += 1
-            failed = ExecResult(Status.SANDBOX_ERROR, "", None, False, 0.0, 0.0, 0)
             try:
                 if self._process is None:
                     self._process = self._start(cell)
                 result, goes_on = self._process.run(self._cells, source)
             except (SetUpFailed, OSError):
-                result, goes_on = failed, False
+                result, goes_on = ExecResult(Status.SANDBOX_ERROR, "", None, False, 0.0, 0.0, 0), False
             except BaseException:
                 self._end()
                 raise
@@ -135,10 +134,8 @@ class _Process:
     def run(self, number: int, source: bytes) -> tuple[ExecResult, bool]:
         """Runs a cell; also says whether the process can go on."""
         start = time.monotonic()
-        if number > 1:
-            self._signal(signal.SIGCONT)
         self._cpu_before = self._cpu_s()
-        status = self._cells.run(number, source, self._limits.wall_s, self._look)
+        status = self._cells.run(number, source, self._limits.wall_s, self._look, self._wake)
         cpu_s = self._cpu_s() - self._cpu_before
         # Threads that it left behind stand still until the next cell.
         goes_on = status in (Status.OK, Status.ERROR) and not self._cells.exited and self._signal(signal.SIGSTOP)
@@ -148,6 +145,9 @@ class _Process:
         text, full = self._cells.reader.take()
         wall_ms = (time.monotonic() - start) * 1000
         return ExecResult(status, text, self._exit_code, full, cpu_s * 1000, wall_ms, 0), goes_on
+
+    def _wake(self) -> None:
+        self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> bool:
         """Sends a signal; says whether the process was still there."""

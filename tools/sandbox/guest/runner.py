@@ -111,7 +111,8 @@ def _execute(code: str, name: str, namespace: dict[str, object], echo: bool) -> 
     last = tree.body[-1] if echo and tree.body else None
     if isinstance(last, ast.Expr):
         tree.body.pop()
-    exec(compile(tree, name, "exec"), namespace)
+    if tree.body:
+        exec(compile(tree, name, "exec"), namespace)
     if isinstance(last, ast.Expr):
         sys.displayhook(eval(compile(ast.Expression(last.value), name, "eval"), namespace))
 
