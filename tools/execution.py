@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -51,13 +51,24 @@ class Runner(Protocol):
         """Closes what the episode was given; the next call makes it anew."""
 
 
+_make_process_runner: Callable[[Tool], Runner] | None = None
+
+
+def run_processes_by(make: Callable[[Tool], Runner] | None) -> None:
+    """Lets something else run the tools that ask for a process, such as a cluster; None takes it back."""
+    global _make_process_runner
+    _make_process_runner = make
+
+
 def make_runner(tool: Tool) -> Runner:
     """The runner that the tool asks for."""
-    if tool.isolation is Isolation.PROCESS:
-        from opd_env.tools.process import ProcessRunner
+    if tool.isolation is Isolation.THREAD:
+        return ThreadRunner(tool)
+    if _make_process_runner is not None:
+        return _make_process_runner(tool)
+    from opd_env.tools.process import ProcessRunner
 
-        return ProcessRunner(tool)
-    return ThreadRunner(tool)
+    return ProcessRunner(tool)
 
 
 def prepare(tool: Tool) -> None:

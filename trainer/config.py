@@ -105,6 +105,8 @@ class OPDConfig:
     mcp_servers: Mapping[str, Any] = field(default_factory=dict)
     """MCP servers whose tools can be named in ``tools``: by a name of your choice, the options of ``mount_mcp``, such
     as ``{shop: {server: [python, shop.py]}}``."""
+    ray_address: str | None = None
+    """A Ray cluster to run the processes of tools in, such as auto or host:port; null runs them on this machine."""
     teacher_demonstrations: int = 0
     """Worked examples of the task put into the teacher's prompt only, 0 to 64 (self-distillation)."""
     teacher_sees_answer: bool = False

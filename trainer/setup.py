@@ -18,6 +18,7 @@ from opd_env.models import LoadedModel, load_model, without_bars
 from opd_env.tasks import Task, load_task, require_trainable
 from opd_env.tools import Toolbox
 from opd_env.tools.mcp import register_mcp_servers
+from opd_env.tools.ray_workers import connect_ray
 from opd_env.trainer.config import LoRASettings, OPDConfig
 from opd_env.trainer.make_teachers import Teachers, make_teachers
 from opd_env.trainer.teachers import LocalTeacher
@@ -67,6 +68,8 @@ def make_parts(
     """
     import_files(config.imports)
     register_mcp_servers(config.mcp_servers)
+    if config.ray_address:
+        connect_ray(config.ray_address)
     task = load_task(config.task, config.split, **config.task_options)
     require_trainable(task)
     eval_task = load_task(config.task, config.eval_split, **config.task_options)

@@ -17,6 +17,7 @@ from opd_env.configuration import ConfigError, configure, import_files
 from opd_env.limits import RolloutLimits
 from opd_env.tasks import load_task
 from opd_env.tools.mcp import register_mcp_servers
+from opd_env.tools.ray_workers import connect_ray
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +49,8 @@ class PlaySettings:
     mcp_servers: Mapping[str, Any] = field(default_factory=dict)
     """MCP servers whose tools can be named in ``tools``: by a name of your choice, the options of ``mount_mcp``, such
     as ``{shop: {server: [python, shop.py]}}``."""
+    ray_address: str | None = None
+    """A Ray cluster to run the processes of tools in, such as auto or host:port; null runs them on this machine."""
     limits: RolloutLimits = field(default_factory=RolloutLimits)
     """Budgets of an episode."""
     seed: int = 0
@@ -110,6 +113,8 @@ def _evaluate(settings: EvalSettings) -> int:
 
     import_files(settings.imports)
     register_mcp_servers(settings.mcp_servers)
+    if settings.ray_address:
+        connect_ray(settings.ray_address)
     tasks = [load_task(name, settings.split, **settings.task_options) for name in settings.task]
     engine, chat, model, weights = _open_any(settings)
     console = Console()
@@ -184,6 +189,8 @@ def _rollout(settings: RolloutSettings) -> int:
 
     import_files(settings.imports)
     register_mcp_servers(settings.mcp_servers)
+    if settings.ray_address:
+        connect_ray(settings.ray_address)
     task = load_task(settings.task, settings.split, **settings.task_options)
     last = min(settings.first + settings.problems, len(task))
     engine, chat, _ = _open(settings)
