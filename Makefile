@@ -43,9 +43,22 @@ test: $(VENV)/.smollm2 $(VENV)/.bfcl lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/tools/sandbox
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --ignore=tests/tools/sandbox
 
+# Ray stands apart: an environment of its own, on top of the other one.
+RAY := $(VENV)-ray
+$(RAY)/.ready: $(READY)
+	$(PYTHON) -m venv $(RAY)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > "$$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(RAY)/bin/pip install -q --disable-pip-version-check -c constraints.txt ray
+	touch $@
+
+.PHONY: test-ray
+test-ray: $(RAY)/.ready
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/tools/test_ray_workers.py
+
 # Trains the packaged tokenizer, teacher and student again from their seeds: 7 min 49 s on 2 cores, set-up included.
 pretrain: $(READY)
 	$(BIN)/python scripts/pretrain.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(RAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,6 +21,8 @@ Test it alone: ``make test-ray``
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import pickle
 import re
@@ -144,15 +146,23 @@ class _Worker:
 
 
 _idle: WeakKeyDictionary[Tool, list[Any]] = WeakKeyDictionary()
+_turn = itertools.count()
 
 
 def _take(tool: Tool) -> Any:
     import ray
+    import ray.util.scheduling_strategies
 
-    waiting = _idle.get(tool)
-    if waiting:
-        return waiting.pop()
-    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy="SPREAD")(_Worker)
+    waiting = _idle.get(tool, [])
+    while waiting:
+        actor = waiting.pop()
+        with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            ray.get(actor.__ray_ready__.remote(), timeout=START_TIMEOUT_S)  # it may have died since
+            return actor
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    # Ray's own strategy spreads by CPUs taken, of which these take none.
+    place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(nodes[next(_turn) % len(nodes)], soft=True)
+    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=place)(_Worker)
     return actor.remote(copy_of(tool), secret_values(tool.secrets, f"tool {tool.name!r}"), sys.path)
 
 

@@ -23,7 +23,7 @@ from opd_env.trainer.contradictions import refuse_contradictions
 from opd_env.trainer.modes import Baseline, Estimator, Mode
 from opd_env.trainer.weights import Scheme, TokenWeights
 
-UNHASHED = ("output", "resume", "trackers", "checkpoint_every", "checkpoint_keep")
+UNHASHED = ("output", "resume", "trackers", "checkpoint_every", "checkpoint_keep", "ray_address")
 """Settings that change where and how often things are written, but no number: not in ``config_hash``."""
 
 

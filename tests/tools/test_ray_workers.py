@@ -85,9 +85,11 @@ def test_answers_errors_and_limits_are_those_of_a_process_and_the_next_call_work
 
 def test_calls_at_one_time_are_spread_over_both_nodes(cluster: Any) -> None:
     workers: list[int] = []
+    together = threading.Barrier(4)
 
     def call() -> None:
         with Toolbox([work]) as toolbox:
+            together.wait()
             workers.append(eval(toolbox.call("work", {"how": "slow"}).content)[1])
 
     threads = [threading.Thread(target=call) for _ in range(4)]
@@ -136,7 +138,12 @@ def test_a_node_that_dies_amid_a_rollout_loses_no_episode(cluster: Any) -> None:
     killer = threading.Timer(2.0, lambda: cluster.remove_node(node, allow_graceful=False))
     killer.start()
     result = rollout(
-        Doubles(), ScriptedEngine(respond, CHAT.stop_token_ids), CHAT, indices=range(16), tools=[work, count], tool_workers=8
+        Doubles(),
+        ScriptedEngine(respond, CHAT.stop_token_ids),
+        CHAT,
+        indices=range(16),
+        tools=[work, count],
+        tool_workers=8,
     )
     killer.join()
     assert result.errors == []
