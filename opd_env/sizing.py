@@ -141,7 +141,7 @@ def decode_rate(
 def table(episodes: int = 64, length: int = 4096) -> str:
     """The table of docs/sizing.md, in Markdown."""
     lines = [
-        "| model | weights | train, 1 GPU | train, each of 8 | server, GPUs | train tok/s | score tok/s | sample tok/s |",
+        "| model | weights | train on 1 | train on 8, each | server, GPUs | train tok/s | score tok/s | sample tok/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, shape in SHAPES.items():
