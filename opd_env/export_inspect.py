@@ -101,6 +101,8 @@ def _sample(one: Trajectory, settings: Mapping[str, Any]) -> dict[str, Any]:
     messages: list[dict[str, Any]] = [{"role": "user", "content": one.question, "source": "input"}]
     for number, turn in enumerate(one.turns):
         messages += _turn(turn, number, settings)
+        if turn.user is not None:
+            messages.append({"role": "user", "content": turn.user, "source": "input"})
     said = [message for message in messages if message["role"] == "assistant"]
     choices = [{"message": said[-1], "stop_reason": _stop_reason(one)}] if said else []
     score = {

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def test_an_inspect_sample_has_calls_answers_and_errors_in_order(tmp_path: Path)
     ]  # fmt: skip
     assert sample["output"]["completion"] == "It is 42."
     assert sample["scores"]["correct"]["answer"] == "42"
+
+
+def test_what_the_user_said_later_stands_between_the_turns_in_inspect(tmp_path: Path) -> None:
+    one = make_trajectory(turns=[["pens pens"], ["It is 42."]])
+    asked = replace(one, turns=(replace(one.turns[0], user="And now?"), one.turns[1]))
+    (sample,) = inspect_log(tmp_path, asked)["samples"]
+    said = [(message["role"], message["content"]) for message in sample["messages"]]
+    assert said[1:] == [("assistant", "pens pens"), ("user", "And now?"), ("assistant", "It is 42.")]
 
 
 def test_an_episode_that_a_budget_ended_says_so_in_inspect(tmp_path: Path) -> None:
