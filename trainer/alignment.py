@@ -18,14 +18,38 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opd_env.trainer.config import OPDConfig
+from opd_env.trainer.cross_tokenizer import CrossTokenizerTeacher
+from opd_env.trainer.make_teachers import Teachers
 from opd_env.trajectory import Trajectory
 
+_EPISODES = 16
 _SAME = 0.1
 """Nats: the mean difference that other kernels and half precision leave between two copies of one model."""
 _SURE = 5.0
 """Standard errors by which a shifted reading must fit better."""
 _CLEARLY = 0.25
 """Correlation by which it must fit better, too."""
+
+
+def check_teacher(config: OPDConfig, teachers: Teachers, trajectories: Sequence[Trajectory], step: int) -> None:
+    """Applies ``require_aligned`` to the first episodes that a run plays.
+
+    Args:
+        config: all settings.
+        teachers: of the run. Scores of a teacher with another tokenizer are sums over spans, and are left alone.
+        trajectories: played before the first update of this process.
+        step: steps that are done; after the first the student is no longer what it was.
+
+    Raises:
+        ValueError: see ``require_aligned``.
+    """
+    if isinstance(teachers.scorer, CrossTokenizerTeacher):
+        return
+    first = list(trajectories[:_EPISODES])
+    changed = step or config.sft_steps or config.teacher_routes or teachers.extra_tokens
+    same = config.student == config.teacher and not changed
+    require_aligned(config.teacher, first, teachers.scorer.score(first), same_model=same)
 
 
 def require_aligned(

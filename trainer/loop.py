@@ -37,6 +37,7 @@ from opd_env.report import write_report
 from opd_env.rollouts import RolloutResult, rollout
 from opd_env.store import TrajectoryWriter
 from opd_env.tools import Toolbox
+from opd_env.trainer.alignment import check_teacher
 from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.checkpoint import Checkpoints
 from opd_env.trainer.config import OPDConfig
@@ -125,12 +126,16 @@ class OPDTrainer:
             evaluated = step > 0 and any(r["step"] == step and "eval/accuracy" in r for r in read_metrics(log_file))
             log = MetricsLog(log_file, last_step=step) if self._is_main else None
             advance = self.display.phase("training", config.steps, step)
+            aligned = False
             try:
                 while step < config.steps:
                     if config.eval_every and step and step % config.eval_every == 0 and not evaluated:
                         self._log(log, step, self.held_out.during(self.engine, step))
                     evaluated = False
                     played = self._rollout(step)
+                    if not aligned:
+                        check_teacher(config, self.parts.teachers, played.trajectories, step)
+                        aligned = True
                     with interruption.postponed():
                         metrics = self._learn(step, played)
                         step += 1

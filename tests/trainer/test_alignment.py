@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 
 from opd_env.models import LoadedModel
 from opd_env.trainer.alignment import require_aligned
+from opd_env.trainer.loop import OPDTrainer
 from opd_env.trainer.teachers import LocalTeacher
 from opd_env.trajectory import Trajectory
 from tests.core.tiny import tiny_llama, tiny_tokenizer
-from tests.trainer.toy import loaded, made_trajectory
+from tests.trainer.toy import loaded, made_trajectory, toy_config
 
 VOCABULARY = len(tiny_tokenizer())
 STUDENT = loaded(5, spread=0.5)
@@ -78,6 +81,23 @@ def test_scores_shifted_by_one_token_are_refused(by: int, direction: str) -> Non
 def test_a_teacher_that_knows_nothing_of_the_student_is_no_shift(seed: int) -> None:
     scores = -torch.rand(sum(one.num_sampled for one in EPISODES), generator=torch.Generator().manual_seed(seed)) * 5
     require_aligned("teacher", EPISODES, scores)
+
+
+class Shifted(LocalTeacher):
+    """Off by one."""
+
+    def score(self, trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        return torch.roll(super().score(trajectories), 1)
+
+
+def test_a_run_stops_before_its_first_step(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, episodes_per_step=16, steps=1)
+    trainer = OPDTrainer(config, student=loaded(5, "student", spread=0.5), teacher=loaded(5, "teacher", spread=0.5))
+    teacher = Shifted(trainer.parts.teachers.named.loaded, vocab_size=VOCABULARY)
+    trainer.parts = replace(trainer.parts, teachers=replace(trainer.parts.teachers, scorer=teacher))
+    with pytest.raises(ValueError, match="are shifted by one token"):
+        trainer.train()
+    assert not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_nothing_is_told_from_certain_or_forbidden_tokens_or_none() -> None:
