@@ -59,6 +59,7 @@ class EpisodeRecorder:
                 output=played.result.content,
                 error=played.result.error,
                 seconds=played.result.seconds,
+                repairs=call.repairs,
             )
             for call, played in zip(parsed.calls, calls, strict=False)  # a stop tool ends the turn's calls early
         )

@@ -93,6 +93,8 @@ class Summary:
     """Tokens, over all episodes, that differ when the finished conversation is rendered anew."""
     majority_at_k: Mapping[int, Rate] = field(default_factory=dict)
     """Chance that the answer which most of k episodes gave is correct, for k = 2, 4 … ``samples``."""
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    """How often each repair made a call readable; empty unless the format was made with ``repair=True``."""
     by_category: Mapping[str, Rate] = field(default_factory=dict)
     """Accuracy per category of problem; one entry, "", where the task has none."""
 
@@ -170,6 +172,7 @@ def summarise(trajectories: Iterable[Trajectory]) -> Summary:
         by_category=by(table.categories),
         stop_reasons={str(reason): table.stop_reasons[reason] for reason in StopReason},
         tool_errors={str(kind): table.tool_errors[kind] for kind in ToolErrorKind},
+        repairs=dict(table.repairs),
         calls=int(sums["calls"].sum()),
         calls_per_episode=mean("calls"),
         turns_per_episode=mean("turns"),

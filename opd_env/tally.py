@@ -79,6 +79,7 @@ class Tally:
     categories: tuple[str, ...]
     stop_reasons: Counter[str]
     tool_errors: Counter[str]
+    repairs: Counter[str]
 
     @property
     def samples(self) -> int:
@@ -100,6 +101,7 @@ def tally(trajectories: Iterable[Trajectory]) -> Tally:
     scores: list[Mapping[str, float]] = []
     stops: Counter[str] = Counter()
     errors: Counter[str] = Counter()
+    repairs: Counter[str] = Counter()
     for one in trajectories:
         problem = problems.setdefault((one.task, one.example_id), len(problems))
         if problem == len(about):
@@ -113,6 +115,7 @@ def tally(trajectories: Iterable[Trajectory]) -> Tally:
         scores.append(one.scores)
         stops[one.stop_reason] += 1
         errors.update(str(call.error) for call in one.calls if call.error is not None)
+        repairs.update(repair for call in one.calls for repair in call.repairs)
     n, problem_E = len(problems), np.array(problem_of, dtype=np.int64)
     columns = np.array(rows, dtype=np.float64).reshape(len(rows), len(_COLUMNS)).T
     return Tally(
@@ -124,6 +127,7 @@ def tally(trajectories: Iterable[Trajectory]) -> Tally:
         categories=tuple(category for _, category in about),
         stop_reasons=stops,
         tool_errors=errors,
+        repairs=repairs,
     )
 
 

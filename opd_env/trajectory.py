@@ -82,6 +82,8 @@ class CallRecord:
     error: ToolErrorKind | None = None
     """None when the tool answered."""
     seconds: float = 0.0
+    repairs: tuple[str, ...] = ()
+    """What was put right before the call could be read; empty unless the format was made with ``repair=True``."""
 
 
 @dataclass(frozen=True)
@@ -224,4 +226,5 @@ class Trajectory:
 
 def _call_from_row(call: Mapping[str, Any]) -> CallRecord:
     error = call["error"]
-    return CallRecord(**{**call, "error": None if error is None else ToolErrorKind(error)})
+    error = None if error is None else ToolErrorKind(error)
+    return CallRecord(**{**call, "error": error, "repairs": tuple(call.get("repairs") or ())})

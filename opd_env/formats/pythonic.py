@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -29,6 +30,9 @@ _MARKS = re.compile(r"<think>|\[(?=\s*[^\W\d][\w.]*\s*\()")
 _TOKEN = re.compile(r"""[()\[\]{},\n]|```|'''|\"\"\"|["']""")
 _STRING_END = {quote: re.compile(rf"(?s:\\.|(?P<end>{quote}))") for quote in ("'", '"', "'''", '"""')}
 _DEEPEST = 64
+_SOURCE = "<tool call>"
+# Python warns of \\d in a string. It is the student's text: nobody who reads the log wrote it.
+warnings.filterwarnings("ignore", message="invalid ", module=_SOURCE)
 _EXAMPLE = 'write [name(argument="…")]'
 _NAMES = {"true": True, "false": False, "null": None}
 
@@ -124,7 +128,7 @@ def _call_of(raw: str) -> tuple[str, dict[str, Any]]:
     if sum(map(raw.count, "([{")) > _DEEPEST and _depth(raw) > _DEEPEST:
         raise _Problem("it is nested too deeply")
     try:
-        node = ast.parse(raw, mode="eval").body
+        node = ast.parse(raw, filename=_SOURCE, mode="eval").body
         if not isinstance(node, ast.Call):
             raise _Problem("it is not a call")
         if node.args:

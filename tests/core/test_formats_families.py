@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from opd_env.engine import Request, ScriptedEngine
 from opd_env.formats import TemplateFormat, get_format
 from opd_env.messages import Message, ToolCall, assistant, calls_of, system, tool_message, user
+from opd_env.metrics import summarise
 from opd_env.rollouts import rollout
+from opd_env.store import load_trajectories, save_trajectories
 from opd_env.tasks import Example, Grade, Task, grade_number
 from opd_env.tools import Toolbox
 from opd_env.trajectory import StopReason, TokenKind, Trajectory
@@ -212,6 +215,21 @@ def test_repairs_are_made_only_when_asked_for() -> None:
     assert FORMATS["Qwen 2.5"].parse(ids).calls[0].error is not None
     (call,) = get_format(family_tokenizer("Qwen 2.5"), repair=True).parse(ids).calls
     assert (call.name, call.arguments, call.repairs) == ("f", {}, ("single quotes",))
+
+
+def test_a_repaired_call_is_executed_and_counted_through_the_files(tmp_path: Path) -> None:
+    turns = [
+        assistant("<tool_call>{'name': 'calculator', 'arguments': {'expression': '2*3'},}</tool_call>"),
+        assistant("The answer is 6."),
+    ]
+    played = {repair: play(get_format(family_tokenizer("Qwen 2.5"), repair=repair), turns) for repair in (False, True)}
+    save_trajectories([played[True]], tmp_path / "repaired.parquet")
+    (stored,) = load_trajectories(tmp_path / "repaired.parquet")
+    assert stored.calls[0].repairs == ("single quotes", "trailing comma")
+    assert summarise([stored]).repairs == {"single quotes": 1, "trailing comma": 1}
+    assert (stored.calls[0].error, stored.calls[0].output) == (None, "6")
+    assert summarise([played[False]]).repairs == {}
+    assert played[False].calls[0].error is not None
 
 
 def test_llama_writes_one_call_and_no_text_beside_it() -> None:
