@@ -92,7 +92,10 @@ def play_by_chat(
                 errors.append(EpisodeError(task[index].id, sample, message))
                 in_a_row += 1
                 if in_a_row >= most:
-                    raise ServerRefused(f"{in_a_row} episodes in a row failed; {message}; try again later") from error
+                    raise ServerRefused(
+                        f"{in_a_row} episodes in a row failed; {message}. What had finished is stored; the same "
+                        "command continues"
+                    ) from error
     finally:
         player.stop()
         pool.shutdown(wait=False, cancel_futures=True)

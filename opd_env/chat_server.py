@@ -22,9 +22,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from opd_env.engine import SamplingParams
 from opd_env.errors import UserError
@@ -81,7 +81,7 @@ class ChatServer:
     """Up to and with ``/v1``."""
     model: str = ""
     """By default the only one that the server offers."""
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     """By default ``$OPENAI_API_KEY``, if it is set."""
     concurrency: int = 16
     """Episodes that are played side by side."""
@@ -129,11 +129,9 @@ class ChatServer:
         if seed is not None:
             body["seed"] = seed
         for attempt in range(self.tries):
-            body.pop("max_tokens", None), body.pop("max_completion_tokens", None)
-            body[self._limit_name] = params.max_tokens
             started = time.perf_counter()
             try:
-                reply = _read_reply(self._send("/chat/completions", body))
+                reply = _read_reply(self._send("/chat/completions", {**body, self._limit_name: params.max_tokens}))
                 return reply._replace(seconds=time.perf_counter() - started)
             except _Pause as fault:
                 if attempt == self.tries - 1:
@@ -159,7 +157,7 @@ class ChatServer:
         deadline = time.monotonic() + self.timeout_s
         try:
             request = urllib.request.Request(self.url + path, data, headers)
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+            with _OPENER.open(request, timeout=self.timeout_s) as response:
                 return json.loads(_read_all(response, deadline))
         except urllib.error.HTTPError as error:
             with error:
@@ -173,7 +171,7 @@ class ChatServer:
                 f"{self.url!r} is no URL of a server ({error}); it looks like http://HOST:8000/v1"
             ) from error
 
-    def _refuse(self, error: urllib.error.HTTPError, answer: str) -> None:
+    def _refuse(self, error: urllib.error.HTTPError, answer: str) -> NoReturn:
         """Raises what an error status means."""
         said = f"HTTP {error.code}: {answer}"
         if error.code in (408, 409, 425, 429) or error.code >= 500:
@@ -185,6 +183,16 @@ class ChatServer:
             raise _Pause(said, 1e-3) from error
         hint = "; set OPENAI_API_KEY" if error.code in (401, 403) else ""
         raise ServerRefused(f"{self.url} refuses model {self.model!r} with {said}{hint}") from error
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer that refuses: following it would carry the key to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 class _Pause(Exception):

@@ -164,6 +164,9 @@ def read_side(path: str | Path, *, name: str = "") -> Side:
         place = by_name.get("after") or by_name[max(by_name, key=_progress)]
     stored = read_json(place / _RESULTS).get("evaluation", {})
     if not stored:
+        inner = sorted(str(file.parent) for file in folder.glob(f"*/{_RESULTS}"))
+        if inner:
+            raise NotComparable(f"{path} holds {len(inner)} evaluations; name one of them: {', '.join(inner)}")
         raise NotComparable(
             f"{path} holds no evaluation; give a folder that opd-env eval or opd-env train wrote, or its {_RESULTS}"
         )

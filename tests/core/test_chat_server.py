@@ -124,6 +124,15 @@ def test_what_will_not_pass_is_refused_at_once(status: int, hint: str) -> None:
     assert len(api.requests) == 1
 
 
+def test_the_key_is_neither_shown_nor_carried_to_another_host() -> None:
+    with chat_api(lambda body, number: says("42")) as other:
+        away = Answer({}, 302, {"Location": f"{other.url}/chat/completions"})
+        with chat_api(lambda body, number: away) as api, pytest.raises(ServerRefused, match="HTTP 302"):
+            ask(api.url, api_key="sk-1")
+    assert other.headers == []
+    assert "sk-1" not in repr(ChatServer("http://127.0.0.1:1/v1", "m", "sk-1"))
+
+
 def test_a_full_context_is_told_apart() -> None:
     error = {"error": {"code": "context_length_exceeded", "message": "maximum context length is 8192 tokens"}}
     with chat_api(lambda body, number: Answer(error, 400)) as api, pytest.raises(ContextFull):

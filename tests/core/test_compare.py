@@ -160,6 +160,13 @@ def test_a_folder_without_what_is_needed_is_refused(tmp_path: Path, removed: str
         read_side(tmp_path)
 
 
+def test_a_models_folder_of_several_tasks_names_its_evaluations(tmp_path: Path) -> None:
+    for task in ("arithmetic-1", "gsm8k-2"):
+        write_evaluation(tmp_path / task, played(True))
+    with pytest.raises(NotComparable, match=r"holds 2 evaluations; name one of them: .*arithmetic-1, .*gsm8k-2"):
+        read_side(tmp_path)
+
+
 def test_results_without_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"evaluation": {"accuracy": 1.0}}))
     with pytest.raises(NotComparable, match="does not say how it was played"):
