@@ -282,7 +282,9 @@ def _notes(first: Side, second: Side, common: int) -> Iterator[str]:
         ("versions", first.versions, second.versions),
     ):
         one, other = _flat(ours), _flat(theirs)
-        known = {"model", "problems"} | ({"weights_hash"} if one.get("model") != other.get("model") else set())
+        known = {"model", "problems"} | (
+            {"weights_hash", "server"} if one.get("model") != other.get("model") else set()
+        )
         names = [name for name in {**one, **other} if name not in known and one.get(name) != other.get(name)]
         if names:
             yield f"other {title}: " + ", ".join(f"{name} {one.get(name)} → {other.get(name)}" for name in names)

@@ -60,9 +60,11 @@ class EvaluationResult:
 
     @property
     def label(self) -> str:
-        """The task and what the model could use: a score with tools is always called that."""
+        """The task, its category if all problems share one, and the tools: a score with tools is always called that."""
         tools = ", ".join(self.settings["tools"])
-        return f"{self.settings['task']} ({f'with tools: {tools}' if tools else 'no tools'})"
+        categories = [category for category in self.summary.by_category if category]
+        task = " ".join([self.settings["task"], *(categories if len(categories) == 1 else ())])
+        return f"{task} ({f'with tools: {tools}' if tools else 'no tools'})"
 
     def to_json(self) -> dict[str, Any]:
         """JSON values: those of ``Summary.to_json``, and how they came about."""
@@ -129,7 +131,7 @@ def evaluate(
         )
     settings = describe(
         task, chat, model=model, weights_hash=weights_hash, samples=samples, tools=tools, limits=limits,
-        sampling=sampling, seed=seed,
+        sampling=sampling, seed=seed, server=engine.url if isinstance(engine, ChatServer) else "",
     )  # fmt: skip
     started = time.perf_counter()
     finished: dict[tuple[str, int], Trajectory] = {}

@@ -38,6 +38,7 @@ def describe(
     sampling: SamplingParams,
     seed: int,
     weights_hash: str = "",
+    server: str = "",
 ) -> dict[str, Any]:
     """The settings of an evaluation; equal for evaluations that may share their episodes.
 
@@ -46,6 +47,7 @@ def describe(
         chat: the model's chat format; None for a model that is asked as text, whose server has a format of its own.
         model: its name.
         weights_hash: of its weights, when they can be read: tells two models of one name apart.
+        server: address of the chat server, which tells them apart where the weights cannot be read.
     """
     first = task.tools_of(task[0]) if tools is None else tools
     with Toolbox(first) as toolbox:
@@ -55,6 +57,7 @@ def describe(
     return {
         "model": model,
         "weights_hash": weights_hash,
+        "server": server,
         "task": task.name or type(task).__name__,
         "version": task.version,
         "split": task.split,

@@ -108,6 +108,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
 def _evaluate(settings: EvalSettings) -> int:
     from rich.console import Console
 
+    from opd_env.chat_server import ChatServer
     from opd_env.engine import SamplingParams
     from opd_env.evaluation import evaluate, results_table
 
@@ -129,7 +130,8 @@ def _evaluate(settings: EvalSettings) -> int:
             "sampling": SamplingParams(temperature=settings.temperature),
             "seed": settings.seed,
         }
-        folder = Path(settings.output) / _slug(model) / cache_name(task, chat, **options)
+        server = engine.url if isinstance(engine, ChatServer) else ""
+        folder = Path(settings.output) / _slug(model) / cache_name(task, chat, server=server, **options)
         with _progress(f"{task.name} ({task.split})") as meter:
             result = evaluate(
                 task,

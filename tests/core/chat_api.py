@@ -40,12 +40,15 @@ def says(text: str | None, *calls: tuple[str, str], finish: str = "stop", total_
 @dataclass
 class Api:
     url: str
+    port: int
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
 
 
 @contextmanager
-def chat_api(respond: Callable[[dict[str, Any], int], Answer], models: tuple[str, ...] = ("m",)) -> Iterator[Api]:
+def chat_api(
+    respond: Callable[[dict[str, Any], int], Answer], models: tuple[str, ...] = ("m",), port: int = 0
+) -> Iterator[Api]:
     """``respond`` gets every request's body and its number, from 0."""
     lock = threading.Lock()
 
@@ -90,8 +93,8 @@ def chat_api(respond: Callable[[dict[str, Any], int], Answer], models: tuple[str
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass
 
-    server = Quiet(("127.0.0.1", 0), Handler)
-    api = Api(f"http://127.0.0.1:{server.server_port}/v1")
+    server = Quiet(("127.0.0.1", port), Handler)
+    api = Api(f"http://127.0.0.1:{server.server_port}/v1", server.server_port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

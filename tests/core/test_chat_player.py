@@ -30,6 +30,8 @@ from tests.core.test_evaluation import Doubles
 
 sent: list[dict[str, Any]] = []
 """The requests of the latest ``run``."""
+used_port: list[int] = []
+"""The port of the latest ``run``: a folder belongs to one server."""
 Respond = Callable[[dict[str, Any], int], Answer]
 
 
@@ -47,7 +49,8 @@ def good(body: dict[str, Any], number: int) -> Answer:
 
 def run(respond: Respond, **options: Any) -> EvaluationResult:
     settings = {"pause_s": 0.001, "tries": 3, "concurrency": 4} | options.pop("server", {})
-    with chat_api(respond) as api:
+    with chat_api(respond, port=options.pop("port", 0)) as api:
+        used_port[:] = [api.port]
         server = ChatServer(api.url, "m", **settings)
         try:
             return evaluate(options.pop("task", Doubles(6)), server, model="m", **options)
@@ -172,7 +175,7 @@ def test_an_episode_that_the_server_fails_is_counted_and_played_by_the_next_run(
     first = run(flaky, folder=tmp_path)
     assert (first.summary.n, [error.example_id for error in first.errors]) == (5, ["d4"])
     assert "failed 3 times" in first.errors[0].message
-    second = run(good, folder=tmp_path)
+    second = run(good, folder=tmp_path, port=used_port[0])
     assert (second.summary.n, second.errors) == (6, [])
     assert len(sent) == 2  # one episode of two turns
     assert len(load_trajectories(tmp_path)) == 6
@@ -186,7 +189,7 @@ def test_a_server_that_is_down_ends_the_evaluation_and_keeps_what_finished(tmp_p
         run(dies, task=Doubles(40), folder=tmp_path, server={"concurrency": 2})
     kept = len(load_trajectories(tmp_path))
     assert 1 <= kept <= 4
-    assert run(good, task=Doubles(40), folder=tmp_path).summary.n == 40
+    assert run(good, task=Doubles(40), folder=tmp_path, port=used_port[0]).summary.n == 40
 
 
 def test_what_finished_beside_a_refusal_is_kept(tmp_path: Path) -> None:
@@ -264,6 +267,13 @@ def test_the_command_takes_a_servers_address(tmp_path: Path, capsys: pytest.Capt
     assert "org/model-x arithmetic" in " ".join(capsys.readouterr().out.split())
     (folder,) = (tmp_path / "org_model-x").iterdir()
     assert json.loads((folder / "results.json").read_text())["evaluation"]["n"] == 3
+
+
+def test_a_folder_is_not_continued_with_another_server(tmp_path: Path) -> None:
+    with chat_api(good) as one, chat_api(good) as other:
+        evaluate(Doubles(2), ChatServer(one.url, "m"), model="m", folder=tmp_path)
+        with pytest.raises(ValueError, match="server was 'http://127"):
+            evaluate(Doubles(2), ChatServer(other.url, "m"), model="m", folder=tmp_path)
 
 
 def test_an_engine_without_a_chat_format_is_refused() -> None:

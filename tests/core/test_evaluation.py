@@ -124,6 +124,15 @@ def test_a_score_with_tools_is_called_that() -> None:
     assert run(limit=1, tools=[]).label == "doubles (no tools)"
 
 
+def test_a_category_that_all_problems_share_is_part_of_the_label() -> None:
+    class Sorted(Doubles):
+        def example(self, index: int) -> Example:
+            return replace(super().example(index), metadata={"category": "even" if index % 2 == 0 else "odd"})
+
+    assert run(task=Sorted(), limit=1).label == "doubles even (with tools: calculator)"
+    assert run(task=Sorted(), limit=2).label == "doubles (with tools: calculator)"
+
+
 def test_senseless_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="samples=4 of greedy decoding would all be the same"):
         run(samples=4)
