@@ -19,7 +19,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.opd_plus_study.arms import ARMS, COMPARISONS, Arm, arm_named
-from opd_env.statistics import compare_paired
+from opd_env.statistics import Rate, compare_paired, rate
 
 Record = Mapping[str, Any]
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -52,14 +52,29 @@ class OverSeeds:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """Share of test problems solved, per seed."""
+
+    over_seeds: OverSeeds
+    over_problems: Rate
+    """All seeds' episodes, clustered by problem."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """From the lower to the higher end of both intervals: neither source of chance is left out."""
+        low, high = self.over_seeds.interval if len(self.over_seeds.values) > 1 else (1.0, 0.0)
+        return max(0.0, min(low, self.over_problems.low)), min(1.0, max(high, self.over_problems.high))
+
+
+@dataclass(frozen=True)
 class ArmSummary:
     """One arm over its seeds; shares between 0 and 1."""
 
     arm: Arm
     seeds: int
-    accuracy: OverSeeds
+    accuracy: Accuracy
     """Greedy, at the checkpoint that validation chose."""
-    accuracy_sampled: OverSeeds
+    accuracy_sampled: Accuracy
     """At temperature 1, as in training."""
     accuracy_final: OverSeeds
     """Greedy, after the last step."""
@@ -147,14 +162,18 @@ def _holm(found: Sequence[Answer]) -> list[Answer]:
 
 def _summary(arm: Arm, records: Sequence[Record]) -> ArmSummary:
     def over(part: str, name: str) -> OverSeeds:
-        values = [one[part][name] for one in records]
+        values = [(one[part] or one["chosen"])[name] for one in records]
         return OverSeeds(tuple(share(value) if isinstance(value, str) else value for value in values))
+
+    def accuracy(name: str) -> Accuracy:
+        solved = [sum(map(int, column)) for column in zip(*(one["chosen"][name] for one in records), strict=True)]
+        return Accuracy(over("chosen", name), rate(solved, [len(records)] * len(solved)))
 
     return ArmSummary(
         arm=arm,
         seeds=len(records),
-        accuracy=over("chosen", "greedy"),
-        accuracy_sampled=over("chosen", "sampled"),
+        accuracy=accuracy("greedy"),
+        accuracy_sampled=accuracy("sampled"),
         accuracy_final=over("final", "greedy"),
         teacher_kl=over("chosen", "teacher_kl"),
         over_call=over("chosen", "over_call"),

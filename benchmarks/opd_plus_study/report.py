@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.opd_plus_study.analysis import Answer, ArmSummary, OverSeeds, Record, answers, summaries
+from benchmarks.opd_plus_study.analysis import Accuracy, Answer, ArmSummary, OverSeeds, Record, answers, summaries
 from benchmarks.opd_plus_study.arms import ARMS
 
 PANELS = {
@@ -43,7 +43,8 @@ def write_report(records: Sequence[Record], about: Mapping[str, Any], folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     places = {arm.name: place for place, arm in enumerate(ARMS)}
     records = sorted(records, key=lambda one: (one["seed"], places[one["arm"]]))
-    lines = [json.dumps(record) for record in records]
+    # Most runs end at the checkpoint that was chosen: it need not stand there twice.
+    lines = [json.dumps({**one, "final": None if one["final"] == one["chosen"] else one["final"]}) for one in records]
     head = json.dumps(dict(about), indent=1, ensure_ascii=False).removesuffix("\n}")
     (folder / "results.json").write_text(head + ',\n "runs": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
     (folder / "tables.md").write_text(tables(records), encoding="utf-8")
@@ -101,10 +102,9 @@ def _answer_row(one: Answer) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _percent(over: OverSeeds) -> str:
-    low, high = (100 * min(1.0, max(0.0, end)) for end in over.interval)
-    interval = f" [{low:.0f}, {high:.0f}]" if len(over.values) > 1 else ""
-    return f"{100 * over.mean:.1f} %{interval}"
+def _percent(accuracy: Accuracy) -> str:
+    low, high = accuracy.interval
+    return f"{100 * accuracy.over_seeds.mean:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def _difference(over: OverSeeds, factor: float, form: str) -> str:
@@ -133,10 +133,12 @@ def _plot_accuracy(arms: Sequence[ArmSummary], path: Path) -> None:
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 0.28 * len(arms) + 0.8), layout="constrained")
     for place, one in enumerate(arms):
-        chosen, final = ([100 * value for value in over.values] for over in (one.accuracy, one.accuracy_final))
+        chosen, final = (
+            [100 * value for value in over.values] for over in (one.accuracy.over_seeds, one.accuracy_final)
+        )
         axes.scatter(final, [place] * one.seeds, s=14, facecolors="none", edgecolors="tab:grey", linewidths=0.8)
         axes.scatter(chosen, [place] * one.seeds, s=14, color="tab:blue", alpha=0.6)
-        axes.plot([100 * one.accuracy.mean] * 2, [place - 0.3, place + 0.3], color="tab:blue", linewidth=1.5)
+        axes.plot([100 * one.accuracy.over_seeds.mean] * 2, [place - 0.3, place + 0.3], color="tab:blue", linewidth=1.5)
     axes.set_yticks(range(len(arms)), [one.arm.label for one in arms])
     axes.invert_yaxis()
     axes.set_xlim(-2, 102)

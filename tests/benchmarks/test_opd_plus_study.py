@@ -62,7 +62,7 @@ def record(arm, seed, greedy, final=None, kl=0.5):
         "arm": arm,
         "seed": seed,
         "chosen": measured | {"greedy": greedy},
-        "final": measured | {"greedy": final or greedy},
+        "final": None if final is None else measured | {"greedy": final},
         "curves": {"grad_norm": [3.0, 1.0, 2.0], "clip_fraction": [0.25, 0.75]},
     }
 
@@ -82,8 +82,18 @@ def test_p_values_are_corrected_by_holm():
 
 def test_an_arm_is_summarised_over_its_seeds():
     (arm,) = summaries([record("jsd_opd", 0, "1100", final="0000"), record("jsd_opd", 1, "1111")])
-    assert (arm.arm.name, arm.seeds, arm.accuracy.values, arm.accuracy_final.values) == ("jsd_opd", 2, (0.5, 1), (0, 1))
+    assert (arm.arm.name, arm.seeds, arm.accuracy_final.values) == ("jsd_opd", 2, (0, 1))
+    assert arm.accuracy.over_seeds.values == (0.5, 1)
+    assert arm.accuracy.over_problems.n == 4
+    assert arm.accuracy.interval == (0, 1)
     assert (arm.grad_norm, arm.clip_fraction) == (2.0, 0.5)
+
+
+def test_equal_seeds_do_not_hide_that_problems_are_few():
+    (arm,) = summaries([record("student", seed, "1110") for seed in range(3)])
+    assert arm.accuracy.over_seeds.interval == (0.75, 0.75)
+    assert arm.accuracy.interval == (arm.accuracy.over_problems.low, arm.accuracy.over_problems.high)
+    assert arm.accuracy.over_problems.low < 0.5
 
 
 def test_a_difference_is_supported_by_seeds_and_problems_together():
@@ -120,7 +130,7 @@ def test_a_study_is_continued_and_reported(tmp_path, monkeypatch, capsys):
     assert [(run["arm"], run["seed"], run["failure"]) for run in results["runs"]] == [(arm, 0, None) for arm in arms]
     assert results["settings"]["steps"] == len(reference["curves"]["teacher_kl"]) == 1
     assert supervised["tokens"] == pytest.approx(reference["tokens"], rel=0.3)
-    assert all(len(run["chosen"]["greedy"]) == len(run["final"]["sampled"]) == 4 for run in results["runs"])
+    assert all(len(run["chosen"]["greedy"]) == len(run["chosen"]["sampled"]) == 4 for run in results["runs"])
     assert list((tmp_path / "work").iterdir()) == []
     assert "| student before | 1 |" in (tmp_path / "tables.md").read_text()
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("accuracy.svg", "curves.svg"))
