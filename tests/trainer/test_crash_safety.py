@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -51,7 +52,7 @@ def test_a_killed_run_continues_to_the_same_bits_and_metrics():
     command = [sys.executable, "benchmarks/kill_resume.py", "--moments", "2", "--changes", "3"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 kills" in done.stdout
+    assert re.search(r"^[5-9] kills", done.stdout, re.MULTILINE)
     assert "0 differences" in done.stdout
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +132,7 @@ def test_bf16_computes_in_bf16_and_keeps_the_weights_in_float32():
 
 _RUN = """
 import sys
+import time
 from tests.trainer.distributed_updates import accelerator_of
 from tests.trainer.test_distributed import small_run
 from tests.trainer.test_loop import trainer_of
@@ -179,3 +182,36 @@ def test_what_accelerate_cannot_do_right_here_is_refused(tmp_path, monkeypatch, 
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: made)
     with pytest.raises(ConfigError, match=reason):
         make_accelerator(toy_config(tmp_path / "run"))
+
+
+_STOPPED = """
+import os, sys
+from pathlib import Path
+from tests.trainer.test_distributed import small_run
+from tests.trainer.test_loop import trainer_of
+
+Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(str(os.getpid()))
+try:
+    trainer_of(small_run(sys.argv[1], steps=200)).train()
+except KeyboardInterrupt:
+    Path(f"{sys.argv[1]}.{os.environ['RANK']}.stopped").touch()
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_at_the_same_step_with_a_checkpoint(tmp_path):
+    """The signal reaches one process in its rollout and the other in its update: neither waits for ever."""
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(_STOPPED)
+    running = launch(2, script, run, environment={"ACCELERATE_USE_CPU": "true"})
+    deadline = time.monotonic() + 150
+    while not (run / "metrics.jsonl").exists() or len(steps_of(run)) < 2:
+        assert time.monotonic() < deadline
+        assert running.poll() is None
+        time.sleep(0.01)
+    for rank in (0, 1):
+        os.kill(int((tmp_path / f"run.{rank}").read_text()), signal.SIGINT)
+        time.sleep(0.05)
+    assert running.wait(timeout=100) == 0
+    assert all((tmp_path / f"run.{rank}.stopped").exists() for rank in (0, 1))
+    assert Checkpoints(run / "checkpoints").newest().step == steps_of(run)[-1]["step"] < 200
