@@ -61,7 +61,7 @@ _NOT_A_SUM = r"(?! [ \t]{0,4} (?: [-+*/^×÷−x] | \\times | \\div ) [ \t]{0,4}
 _number = re.compile(rf"({_NUMBER})", re.VERBOSE)
 _marked_number = re.compile(rf"{_MARKER} {_BETWEEN} ({_NUMBER}) {_NOT_A_SUM}", re.VERBOSE | re.IGNORECASE)
 _article = re.compile(r"\b(?:a|an|the)\b")
-_marked_text = re.compile(r"(?:\banswer(?:\*\*)?:|\banswer is:?|<answer>)[ \t*]*([^\n<]*)", re.IGNORECASE)
+_marked_text = re.compile(r"(?:\banswer(?:\*\*)?:|\banswer is:?|<answer>)[\s*]*([^\n<]*)", re.IGNORECASE)
 _fraction = re.compile(r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}")
 
 
@@ -139,7 +139,7 @@ def grade_number(answer: str | None, gold: str) -> Grade:
 def grade_text(answer: str | None, golds: Sequence[str]) -> Grade:
     """Whether the short answer that a message gives is one of ``golds``: exact match and F1 as in SQuAD and HotpotQA.
 
-    The short answer is the rest of the line after the last ``Answer:``, ``answer is`` or ``<answer>``, or the whole
+    The short answer is the first line after the last ``Answer:``, ``answer is`` or ``<answer>``, or the whole
     message when it has none of them. Both sides are compared in lower case, without punctuation and articles.
 
     Args:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_env.tasks.graders import MAX_NUMBER_CHARS, canonical, find_number, grade_number, number_value
+from opd_env.tasks.graders import MAX_NUMBER_CHARS, canonical, find_number, grade_number, grade_text, number_value
 
 READ = [
     ("The answer is 42.", "42"),
@@ -187,3 +187,44 @@ def test_a_megabyte_of_anything_is_read_in_linear_time(text):
     start = time.perf_counter()
     assert not grade_number(text, "42").correct
     assert time.perf_counter() - start < 10.0, "a quadratic search would take hours"
+
+
+@pytest.mark.parametrize(
+    ("answer", "exact", "f1"),
+    [
+        ("Because of that.\nAnswer: The Beatles", True, 1.0),
+        ("**Answer:** Beatles.\nI am sure.", True, 1.0),
+        ("The answer is: beatles", True, 1.0),
+        ("Answer: Queen. No!\nAnswer:\n  the beatles", True, 1.0),
+        ("<answer>The Beatles</answer> it is", True, 1.0),
+        ("Beatles", True, 1.0),
+        ("Answer: Beatles and Stones", False, 1 / 2),  # 1 of 3 words, 1 of 1
+        ("Answer: Stones", False, 0.0),
+        ("The Beatles\nAnswer:", False, 0.0),
+        ("", False, 0.0),
+    ],
+)
+def test_a_short_answer_is_compared_by_words(answer, exact, f1):
+    grade = grade_text(answer, ["The Beatles"])
+    assert (grade.correct, grade.scores) == (exact, {"exact": float(exact), "f1": pytest.approx(f1)})
+    assert bool(grade.reason) != exact
+
+
+def test_yes_and_no_earn_nothing_for_each_other():
+    assert grade_text("Answer: yes it is", ["yes"]).scores == {"exact": 0.0, "f1": 0.0}
+    assert grade_text("Answer: Yes!", ["no", "yes"]).correct
+    assert not grade_text(None, ["yes"]).correct
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_any_text_gets_a_grade_and_f1_is_1_for_an_exact_match(answer, gold):
+    grade = grade_text(answer, [gold])
+    assert 0 <= grade.scores["f1"] <= 1
+    assert grade.scores["f1"] == 1 or not grade.correct
+
+
+def test_a_long_hostile_text_is_graded_in_linear_time():
+    start = time.perf_counter()
+    for text in ("answer:" * 30_000, "answer:" + " *" * 100_000, "answer is" * 20_000 + "\n" * 50_000):
+        assert not grade_text(text, ["x"]).correct
+    assert time.perf_counter() - start < 5
