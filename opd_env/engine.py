@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ class Engine(ABC):
         """Makes a ``step`` that only waits return at once; other threads call it. A step that works need not."""
         return
 
-    def update_weights(self, save: Callable[[Path], None]) -> None:
-        """Takes over the student's weights as they are now; the engine is idle.
+    def update_weights(self, model: Any) -> None:
+        """Takes over the weights of the student as they are now; the engine is idle.
 
         Args:
-            save: writes them as a plain model into a folder. An engine that samples with the student itself has them
-                already and does nothing.
+            model: a causal language model, or a PEFT wrapper of one. An engine that samples with this very object
+                has nothing to do.
         """
         return
 

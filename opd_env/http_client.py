@@ -26,6 +26,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import os
 import random
 import socket
 import threading
@@ -290,6 +291,21 @@ class HttpClient:
             with self._lock:
                 self._connections.discard(connection)
             connection.close()
+
+
+def is_url(name: str) -> bool:
+    """Whether a setting names servers rather than a model or an engine."""
+    return name.startswith(("http://", "https://"))
+
+
+def client_of(urls: str, concurrency: int) -> HttpClient:
+    """A client of the servers that a setting names, as ``a,b``; their key is read from ``$VLLM_API_KEY``.
+
+    Raises:
+        ValueError: one is no URL.
+    """
+    named = [url.strip() for url in urls.split(",")]
+    return HttpClient(named, concurrency=concurrency, api_key=os.environ.get("VLLM_API_KEY"))
 
 
 def _await(connection: http.client.HTTPConnection, deadline: float) -> http.client.HTTPResponse:

@@ -21,9 +21,10 @@ Test it alone: ``pytest tests/core/test_http_engine.py``
 from __future__ import annotations
 
 import math
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -32,6 +33,7 @@ from typing import Any, NamedTuple
 from opd_env.engine import Completion, Engine, Request
 from opd_env.errors import UserError
 from opd_env.http_client import HttpClient, RequestFailed, RequestRefused
+from opd_env.weights import save_plain
 
 FORBIDDEN = -9999.0
 """What vLLM writes for a log-prob of −inf."""
@@ -98,7 +100,8 @@ class HttpEngine(Engine):
     def __init__(
         self, client: HttpClient, stop_token_ids: Sequence[int], vocab_size: int, weights_folder: Path | None = None
     ) -> None:
-        self._client = client
+        self.client = client
+        """The servers."""
         self._model = served_model(client)
         self.max_context = self._model.max_context
         self.capacity = client.concurrency
@@ -107,29 +110,19 @@ class HttpEngine(Engine):
         self._folder = weights_folder
         self._weights: Path | None = None
         self._version = 0
+        self._run = secrets.token_hex(4)  # a server may still hold what an earlier run called weights 1
         self._tickets: dict[int, object] = {}
         self._done: SimpleQueue[_Outcome | None] = SimpleQueue()
         client.on_return = self._restore
 
     def submit(self, request: Request) -> None:
         """See ``Engine``."""
-        params = request.params
-        if params.temperature not in (0.0, 1.0):
-            raise UserError(
-                f"temperature={params.temperature}: vLLM reports log-probs at temperature 1, which would then not be "
-                "those of the sampled policy; use temperature 1 or 0, or engine=local"
-            )
-        length = len(request.token_ids)
-        if not length or length + params.max_tokens > self.max_context:
-            raise ValueError(
-                f"episode {request.episode}: {length} tokens and max_tokens={params.max_tokens} do not fit the "
-                f"server's context of {self.max_context}; lower max_turn_tokens, or raise its --max-model-len"
-            )
+        require_samplable(request, self.max_context)
         if request.episode in self._tickets:
             raise RuntimeError(f"episode {request.episode} has a turn under way already")
         ticket = self._tickets[request.episode] = object()
-        body = sampling_body(request, self._model.name, self._stop) | {"cache_salt": f"weights-{self._version}"}
-        self._client.run(lambda: self._done.put(self._sample(ticket, request, body)))
+        body = sampling_body(request, self._model.name, self._stop) | {"cache_salt": f"{self._run}-{self._version}"}
+        self.client.run(lambda: self._done.put(self._sample(ticket, request, body)))
 
     def step(self) -> list[Completion]:
         """Waits until a turn ends or ``wake`` is called; returns all turns that ended."""
@@ -161,8 +154,8 @@ class HttpEngine(Engine):
         """See ``Engine``; the answer to a turn under way is thrown away when it comes."""
         self._tickets.pop(episode, None)
 
-    def update_weights(self, save: Callable[[Path], None]) -> None:
-        """Makes all servers load the weights that ``save`` writes as safetensors; see ``Engine``.
+    def update_weights(self, model: Any) -> None:
+        """Writes the weights to the folder and makes all servers load them; see ``Engine``.
 
         A server that is away gets them when it is back, before it samples again.
 
@@ -174,25 +167,24 @@ class HttpEngine(Engine):
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="opd-env-weights-"))
         old, version = self._weights, self._version + 1
-        self._weights = (self._folder / f"weights-{version}").resolve()
-        self._weights.mkdir(parents=True, exist_ok=True)
-        save(self._weights)
+        self._weights = (self._folder / f"weights-{self._run}-{version}").resolve()
+        save_plain(model, self._weights)
         self._version = version
         away = {}
-        for url in self._client.urls:
+        for url in self.client.urls:
             try:
                 self._restore(url)
             except RequestFailed as error:
                 away[url] = str(error)
-                self._client.suspect(url, str(error))
-        if len(away) == len(self._client.urls):
+                self.client.suspect(url, str(error))
+        if len(away) == len(self.client.urls):
             raise UserError(f"no server took the new weights: {'; '.join(away.values())}; start it (again)")
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
         """Ends all requests and removes the weights left for servers."""
-        self._client.close()
+        self.client.close()
         if self._weights is not None:
             shutil.rmtree(self._weights, ignore_errors=True)
 
@@ -201,11 +193,11 @@ class HttpEngine(Engine):
         if self._weights is None:
             return
         try:
-            if self._client.ask(url, "/weight_info", timeout_s=30) == {"weight_version": self._weights.name}:
+            if self.client.ask(url, "/weight_info", timeout_s=30) == {"weight_version": self._weights.name}:
                 return
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}}
-            self._client.ask(url, "/collective_rpc", body)
-            self._client.ask(url, "/update_weight_version", {"new_version": self._weights.name})
+            self.client.ask(url, "/collective_rpc", body)
+            self.client.ask(url, "/update_weight_version", {"new_version": self._weights.name})
         except RequestRefused as error:
             raise UserError(
                 f"{url} does not take new weights ({error}); start the server with VLLM_SERVER_DEV_MODE=1, and let it "
@@ -220,12 +212,31 @@ class HttpEngine(Engine):
 
         result: Completion | Exception
         try:
-            result = self._client.post("/v1/completions", body, read, request.episode)
+            result = self.client.post("/v1/completions", body, read, request.episode)
         except RequestFailed as error:
             result = Completion(request.episode, [], [], truncated=True, error=str(error))
         except Exception as error:  # raised where the caller waits: it must not die with this thread
             result = error
         return _Outcome(request.episode, ticket, result)
+
+
+def require_samplable(request: Request, max_context: int) -> None:
+    """Refuses what vLLM cannot sample, or not with the log-probs of what was sampled.
+
+    Raises:
+        UserError: the temperature. ValueError: the length.
+    """
+    params, length = request.params, len(request.token_ids)
+    if params.temperature not in (0.0, 1.0):
+        raise UserError(
+            f"temperature={params.temperature}: vLLM reports log-probs at temperature 1, which would then not be "
+            "those of the sampled policy; use temperature 1 or 0, or engine=local"
+        )
+    if not length or length + params.max_tokens > max_context:
+        raise ValueError(
+            f"episode {request.episode}: {length} tokens and max_tokens={params.max_tokens} do not fit vLLM's context "
+            f"of {max_context}; lower max_turn_tokens, or raise --max-model-len"
+        )
 
 
 def sampling_body(request: Request, model: str, stop_token_ids: Sequence[int]) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class OPDConfig:
     student: str
     """The model to train: packaged:student, a folder, a hub id, or smollm2."""
     teacher: str
-    """The model that scores the student's tokens. The student's own name means its initial weights."""
+    """The model that scores the student's tokens, or the URLs of vLLM servers that serve it, as a,b.
+    The student's own name means its initial weights."""
     task: str
     """Registered name of the task to train and evaluate on."""
     task_options: Mapping[str, Any] = field(default_factory=dict)
@@ -192,8 +193,10 @@ class OPDConfig:
     """Must be 0 (off), for the same reason."""
     limits: RolloutLimits = field(default_factory=RolloutLimits)
     """Budgets of an episode."""
+    engine: str = "local"
+    """What samples the episodes: local (transformers), vllm (in this process), or URLs of vLLM servers, as a,b."""
     concurrent_episodes: int = 64
-    """Episodes that the local engine plays side by side, 1 or more; memory grows with it."""
+    """Episodes that the engine plays side by side, 1 or more; memory grows with it."""
     tool_workers: int = 0
     """Threads that run tools; 0 runs them in turn, so that a run can be repeated to the bit."""
     max_logprob_gap: float = 0.05

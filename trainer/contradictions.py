@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opd_env.configuration import ConfigError
+from opd_env.http_client import is_url
 from opd_env.trainer.modes import Baseline, Estimator, Mode
 from opd_env.trainer.weights import Scheme
 
@@ -30,6 +31,7 @@ def refuse_contradictions(config: OPDConfig) -> None:
     _estimate(config)
     _cross_tokenizer(config)
     _reward(config)
+    _servers(config)
 
 
 def _off_policy(config: OPDConfig) -> None:
@@ -121,3 +123,33 @@ def _reward(config: OPDConfig) -> None:
         )
     if config.divergence_coefficient == config.reward_coefficient == 0:
         raise ConfigError("divergence_coefficient and reward_coefficient are both 0: nothing would be learnt; set one")
+
+
+def _servers(config: OPDConfig) -> None:
+    """What vLLM's API cannot give."""
+    if config.engine not in ("local", "vllm") and not is_url(config.engine):
+        raise ConfigError(
+            f"engine={config.engine!r} is unknown; set local, vllm, or the URL of a vLLM server such as "
+            "http://127.0.0.1:8000"
+        )
+    teacher_is_served = is_url(config.teacher)
+    if config.temperature != 1.0 and (config.engine != "local" or teacher_is_served):
+        raise ConfigError(
+            f"temperature={config.temperature}: vLLM reports log-probs at temperature 1 only; set temperature=1, or "
+            "engine=local and a local teacher"
+        )
+    if config.engine != "local" and config.eval_temperature not in (0.0, 1.0):
+        raise ConfigError(
+            f"eval_temperature={config.eval_temperature} with engine={config.engine}: vLLM reports log-probs at "
+            "temperature 1 only; set eval_temperature to 0 or 1"
+        )
+    if not teacher_is_served:
+        return
+    if config.estimator is Estimator.FULL:
+        raise ConfigError(
+            "estimator=full needs the teacher's logits, and a server gives log-probs of few tokens; set "
+            "estimator=sampled, or estimator=topk with topk_tokens up to the server's --max-logprobs (20 by default)"
+        )
+    for name, off in (("cross_tokenizer", False), ("teacher_routes", {}), ("teacher_cache", None)):
+        if getattr(config, name) != off:
+            raise ConfigError(f"{name} needs a teacher in this process; name a model instead of {config.teacher}")

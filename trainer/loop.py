@@ -13,7 +13,7 @@ One step:
 3. update: OPD+ advantages of the sampled tokens (or exact sums over the vocabulary), one AdamW step
 4. log, and now and then evaluate and write a checkpoint
 
-What this loop does not do: sampling with another engine than the local one, asynchronous rollouts.
+What this loop does not do: vLLM as the engine of several processes, asynchronous rollouts.
 
 Test it alone: ``pytest tests/trainer/test_loop.py``
 """
@@ -22,15 +22,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from opd_env.configuration import to_dict
+from opd_env.configuration import ConfigError, to_dict
 from opd_env.engine import Engine, SamplingParams
 from opd_env.evaluation import installed_versions
-from opd_env.formats import ChatFormat
+from opd_env.http_engine import HttpEngine
 from opd_env.local_engine import LocalEngine
 from opd_env.models import LoadedModel
 from opd_env.report import write_report
@@ -42,12 +43,14 @@ from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.checkpoint import Checkpoints
 from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.display import Display
+from opd_env.trainer.engine_setup import make_engine, require_same_policy
 from opd_env.trainer.held_out import HeldOut
 from opd_env.trainer.interruption import Interruption
 from opd_env.trainer.metrics import MetricsLog, read_metrics, rollout_metrics, teacher_metrics, token_metrics
 from opd_env.trainer.objective import OPDObjective, TokenValues
 from opd_env.trainer.order import StepProblems
 from opd_env.trainer.run_folder import RunFolder, git_state
+from opd_env.trainer.server_teacher import ServerTeacher
 from opd_env.trainer.setup import Parts, make_accelerator, make_parts
 from opd_env.trainer.sft import expert_trajectories, sft
 from opd_env.trainer.state import Progress, restore, state_files
@@ -96,7 +99,11 @@ class OPDTrainer:
             samples=config.samples_per_problem,
             seed=config.seed,
         )
-        self.engine: Engine = self._engine(self.parts.student, self.parts.chat)
+        if config.engine != "local" and self.accelerator.num_processes > 1:
+            raise ConfigError(f"engine={config.engine} samples for one process; start one, or set engine=local")
+        self.engine: Engine = make_engine(
+            config, self.parts.student, self.parts.chat, self.folder.path / "engine_weights"
+        )
         self.checkpoints = Checkpoints(self.folder.path / "checkpoints", keep=config.checkpoint_keep)
         self.display = Display(console, enabled=self._is_main)
         self.held_out = HeldOut(config, self.parts, self.folder, self.accelerator, self.display)
@@ -112,14 +119,17 @@ class OPDTrainer:
         """
         config, step = self.config, 0
         agree = self._any_process if self.accelerator.num_processes > 1 else None
-        with Interruption(agree) as interruption, self.display:
+        with Interruption(agree) as interruption, self.display, closing(self.engine):
             self._open()
             results = self.folder.read_results()
             progress = self._continue()
             started = time.perf_counter()
+            self.engine.update_weights(self.parts.student.model)
+            require_same_policy(self.engine, self.parts.student, self.parts.chat)
             if progress is None:
                 results = self._start()
                 self._warm_start()
+                self.engine.update_weights(self.parts.student.model)
             else:
                 step, started = progress.step, started - progress.seconds
             log_file = self.folder.path / "metrics.jsonl"
@@ -138,6 +148,7 @@ class OPDTrainer:
                         aligned = True
                     with interruption.postponed():
                         metrics = self._learn(step, played)
+                        self.engine.update_weights(self.parts.student.model)
                         step += 1
                         self._log(log, step, metrics)
                         if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
@@ -250,9 +261,7 @@ class OPDTrainer:
         config = self.config
         results: dict[str, Any] = {
             "before": self.held_out.evaluate("before", self.engine, config.student),
-            "teacher": self.held_out.evaluate(
-                "teacher", self._engine(self.parts.teacher.loaded, self.parts.teachers.chat), config.teacher
-            ),
+            "teacher": self.held_out.evaluate("teacher", self._teacher_engine(), config.teacher),
             "seed": config.seed,
             "config_hash": config.config_hash,
             "versions": installed_versions(),
@@ -311,8 +320,11 @@ class OPDTrainer:
         self.accelerator.end_training()
         return results
 
-    def _engine(self, loaded: LoadedModel, chat: ChatFormat) -> Engine:
-        return LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, self.config.concurrent_episodes)
+    def _teacher_engine(self) -> Engine:
+        teacher, chat = self.parts.teacher, self.parts.teachers.chat
+        if isinstance(teacher, ServerTeacher):
+            return HttpEngine(teacher.client, chat.stop_token_ids, chat.vocab_size)
+        return LocalEngine(teacher.loaded.model, chat.stop_token_ids, chat.vocab_size, self.config.concurrent_episodes)
 
     def _warn_of_gap(self, step: int, gap: float) -> None:
         if gap > self.config.max_logprob_gap and not self._gap_warned:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 
 from opd_env.configuration import ConfigError
 from opd_env.formats import ChatFormat, TemplateFormat
+from opd_env.http_client import client_of
 from opd_env.models import LoadedModel, load_model
+from opd_env.server_probe import probe_servers
 from opd_env.tasks import Task
 from opd_env.tools import list_tools
 from opd_env.trainer.config import OPDConfig
@@ -24,15 +26,16 @@ from opd_env.trainer.cross_tokenizer import CrossTokenizerTeacher
 from opd_env.trainer.demonstrations import DemonstrationFormat, TaskPrompts, play_demonstrations
 from opd_env.trainer.lookup import ExampleLookup
 from opd_env.trainer.routing import NameRoute, RoutedTeacher
+from opd_env.trainer.server_teacher import ServerTeacher
 from opd_env.trainer.teacher_cache import CachedTeacher, fingerprint_of
-from opd_env.trainer.teachers import LocalTeacher, Teacher, require_compatible
+from opd_env.trainer.teachers import LocalTeacher, Prompt, Teacher, require_compatible
 
 
 @dataclass(frozen=True)
 class Teachers:
     """Who teaches in a run."""
 
-    named: LocalTeacher
+    named: LocalTeacher | ServerTeacher
     """The teacher that ``teacher`` names. It is evaluated beside the student."""
     scorer: Teacher
     """What scores the student's tokens: that teacher, several by problem, or one that remembers."""
@@ -44,7 +47,7 @@ class Teachers:
 
 
 def make_teachers(
-    config: OPDConfig, tasks: Sequence[Task], chat: TemplateFormat, student: LoadedModel, teacher: LoadedModel
+    config: OPDConfig, tasks: Sequence[Task], chat: TemplateFormat, student: LoadedModel, teacher: LoadedModel | None
 ) -> Teachers:
     """Builds them.
 
@@ -53,14 +56,15 @@ def make_teachers(
         tasks: the one trained on, then the one evaluated on.
         chat: the student's format.
         student: for the check that the teachers fit.
-        teacher: the model that ``config.teacher`` names; others are loaded to the same device.
+        teacher: the model that ``config.teacher`` names; others are loaded to the same device. None if servers have
+            it.
 
     Raises:
         ValueError: a name is unknown, or a model does not fit the student.
         ModelUnavailable: a model cannot be loaded.
     """
     task, find = tasks[0], ExampleLookup(tasks)
-    if config.cross_tokenizer:
+    if config.cross_tokenizer and teacher is not None:
         other = CrossTokenizerTeacher(
             teacher,
             chat,
@@ -83,6 +87,10 @@ def make_teachers(
         plain = TaskPrompts(find, teacher_chat, config.tools)
         prompt = TaskPrompts(find, teacher_chat, config.tools, answer=True)
         extra += max(len(prompt.render(task, one)) - len(plain.render(task, one)) for one in task[:32])
+
+    if teacher is None:
+        served = _served(config, chat, prompt, config.limits.max_tokens + extra)
+        return Teachers(served, served, teacher_chat, extra)
 
     def local(loaded: LoadedModel) -> LocalTeacher:
         require_compatible(student, loaded, max_tokens=config.limits.max_tokens, teacher_extra_tokens=extra)
@@ -111,6 +119,19 @@ def make_teachers(
         }
         scorer = RoutedTeacher(scorer, others, NameRoute(others, find, config.tools))
     return Teachers(named, scorer, teacher_chat, extra)
+
+
+def _served(config: OPDConfig, chat: TemplateFormat, prompt: Prompt | None, longest: int) -> ServerTeacher:
+    """A teacher behind servers, which have been probed."""
+    client = client_of(config.teacher, config.concurrent_episodes)
+    teacher = ServerTeacher(client, vocab_size=chat.vocab_size, prompt=prompt)
+    if teacher.model.max_context < longest + 1:
+        raise ConfigError(
+            f"the teacher's server has a context of {teacher.model.max_context}, and episodes with its prompt may have "
+            f"{longest} tokens and one that it samples; raise --max-model-len, or lower limits.max_tokens"
+        )
+    probe_servers(client, chat)
+    return teacher
 
 
 def _require_known_routes(config: OPDConfig, task: Task) -> None:

@@ -47,7 +47,8 @@ class ServerTeacher:
     """
 
     def __init__(self, client: HttpClient, *, vocab_size: int, prompt: Prompt | None = None) -> None:
-        self._client = client
+        self.client = client
+        """The servers."""
         self.model = served_model(client)
         self.name = self.model.name
         self._vocab_size = vocab_size
@@ -82,7 +83,7 @@ class ServerTeacher:
         rows = [row_of(one, None if self._prompt is None else self._prompt(one)) for one in trajectories]
         done: SimpleQueue[tuple[int, TokenScores | Exception]] = SimpleQueue()
         for index, row in enumerate(rows):
-            self._client.run(self._job(index, row, k, done))
+            self.client.run(self._job(index, row, k, done))
         found: dict[int, TokenScores] = {}
         while len(found) < len(rows):
             index, outcome = done.get()
@@ -103,7 +104,7 @@ class ServerTeacher:
         def job() -> None:
             try:
                 positions = np.flatnonzero(row.sampled_T).tolist()
-                done.put((index, score_tokens(self._client, self.model, row.token_ids_T.tolist(), positions, k)))
+                done.put((index, score_tokens(self.client, self.model, row.token_ids_T.tolist(), positions, k)))
             except Exception as error:  # carried to the caller's thread and raised there
                 done.put((index, error))
 

@@ -14,6 +14,7 @@ import torch
 
 from opd_env.configuration import ConfigError, import_files
 from opd_env.formats import ChatFormat, TemplateFormat, get_format
+from opd_env.http_client import is_url
 from opd_env.models import LoadedModel, load_model, without_bars
 from opd_env.tasks import Task, load_task, require_trainable
 from opd_env.tools import Toolbox
@@ -21,6 +22,7 @@ from opd_env.tools.mcp import register_mcp_servers
 from opd_env.tools.ray_workers import connect_ray
 from opd_env.trainer.config import LoRASettings, OPDConfig
 from opd_env.trainer.make_teachers import Teachers, make_teachers
+from opd_env.trainer.server_teacher import ServerTeacher
 from opd_env.trainer.teachers import LocalTeacher
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -38,7 +40,7 @@ class Parts:
     teachers: Teachers
 
     @property
-    def teacher(self) -> LocalTeacher:
+    def teacher(self) -> LocalTeacher | ServerTeacher:
         """The teacher that the settings name."""
         return self.teachers.named
 
@@ -74,7 +76,8 @@ def make_parts(
     require_trainable(task)
     eval_task = load_task(config.task, config.eval_split, **config.task_options)
     student = student or load_model(config.student, dtype=config.dtype, device=device)
-    teacher = teacher or load_model(config.teacher, dtype=config.teacher_dtype, device=device)
+    if teacher is None and not is_url(config.teacher):
+        teacher = load_model(config.teacher, dtype=config.teacher_dtype, device=device)
     chat = get_format(student.tokenizer)
     _require_room(task, chat, config)
     teachers = make_teachers(config, [task, eval_task], chat, student, teacher)

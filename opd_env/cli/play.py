@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from opd_env.chat_server import ChatServer
+    from opd_env.engine import Engine
     from opd_env.formats import ChatFormat
-    from opd_env.local_engine import LocalEngine
     from opd_env.models import LoadedModel
     from opd_env.tasks import Task
     from opd_env.trajectory import Trajectory
@@ -57,6 +57,8 @@ class PlaySettings:
     """Seed of the sampling."""
     dtype: str = "float32"
     """Number format of the weights."""
+    engine: str = "local"
+    """What samples: local (transformers), or URLs of vLLM servers that serve the model, as a,b."""
     concurrent_episodes: int = 32
     """Episodes played side by side; memory grows with it."""
 
@@ -170,7 +172,7 @@ def cache_name(task: Task, chat: ChatFormat | None, **options: Any) -> str:
     return f"{_slug(task.name)}-{fingerprint_of(describe(task, chat, **options))[:8]}"
 
 
-def _open_any(settings: EvalSettings) -> tuple[LocalEngine | ChatServer, ChatFormat | None, str, str]:
+def _open_any(settings: EvalSettings) -> tuple[Engine | ChatServer, ChatFormat | None, str, str]:
     """What samples, its chat format, the model's name, and the hash of its weights."""
     from opd_env.chat_server import ChatServer
     from opd_env.models import weights_hash
@@ -228,19 +230,26 @@ def _rollout(settings: RolloutSettings) -> int:
     return 1 if result.errors else 0
 
 
-def _open(settings: PlaySettings) -> tuple[LocalEngine, ChatFormat, LoadedModel]:
+def _open(settings: PlaySettings) -> tuple[Engine, ChatFormat, LoadedModel]:
     import torch
 
     if not isinstance(getattr(torch, settings.dtype, None), torch.dtype):
         raise ConfigError(f"dtype={settings.dtype!r} is unknown; use float32, bfloat16 or float16")
     from opd_env.formats import get_format
+    from opd_env.http_client import client_of
+    from opd_env.http_engine import HttpEngine
     from opd_env.local_engine import LocalEngine
     from opd_env.models import load_model
+    from opd_env.server_probe import probe_servers
 
     loaded = load_model(settings.model, dtype=settings.dtype)
     chat = get_format(loaded.tokenizer)
-    engine = LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, settings.concurrent_episodes)
-    return engine, chat, loaded
+    if settings.engine == "local":
+        engine = LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, settings.concurrent_episodes)
+        return engine, chat, loaded
+    client = client_of(settings.engine, settings.concurrent_episodes)
+    probe_servers(client, chat, loaded.model)
+    return HttpEngine(client, chat.stop_token_ids, chat.vocab_size), chat, loaded
 
 
 @dataclass

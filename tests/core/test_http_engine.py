@@ -20,7 +20,6 @@ from opd_env.http_engine import HttpEngine, read_completion
 from opd_env.limits import RolloutLimits
 from opd_env.local_engine import LocalEngine
 from opd_env.rollouts import RolloutResult, rollout
-from opd_env.weights import save_plain
 from tests.core.fake_vllm import FakeVLLM
 from tests.core.test_rollouts import Doubles
 from tests.core.tiny import tiny_llama, tiny_tokenizer
@@ -77,7 +76,7 @@ def test_a_request_leaves_nothing_to_the_servers_defaults(server: FakeVLLM) -> N
         "model": "tiny", "prompt": [5, 6], "max_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": 5, "ignore_eos": True,
         "stop_token_ids": list(CHAT.stop_token_ids), "logprobs": 0, "return_token_ids": True,
-        "cache_salt": "weights-0",
+        "cache_salt": body["cache_salt"],
     }  # fmt: skip
 
 
@@ -165,13 +164,13 @@ def test_new_weights_reach_all_servers_and_are_sampled_from(server: FakeVLLM, tm
     with FakeVLLM() as second:
         engine = engine_of(server, second, folder=tmp_path)
         play(engine)
-        engine.update_weights(lambda folder: save_plain(new, folder))
+        engine.update_weights(new)
         ours, theirs = own_logprobs(new, play(engine))
         np.testing.assert_allclose(theirs, ours, atol=1e-4)
-        assert server.version == second.version == "weights-1"
-        assert {request["cache_salt"] for request in server.requests} == {"weights-0", "weights-1"}
-        engine.update_weights(lambda folder: save_plain(new, folder))
-        assert [path.name for path in tmp_path.iterdir()] == ["weights-2"]
+        assert server.version == second.version
+        assert {request["cache_salt"][-2:] for request in server.requests} == {"-0", "-1"}
+        engine.update_weights(new)
+        assert [path.name for path in tmp_path.iterdir()] == [server.version]
         engine.close()
         assert not list(tmp_path.iterdir())
 
@@ -179,7 +178,7 @@ def test_new_weights_reach_all_servers_and_are_sampled_from(server: FakeVLLM, tm
 def test_a_restarted_server_gets_the_weights_again_before_it_samples(server: FakeVLLM, tmp_path: Path) -> None:
     new = tiny_llama(seed=7, initializer_range=0.3)
     engine = engine_of(server, folder=tmp_path, tries=20)
-    engine.update_weights(lambda folder: save_plain(new, folder))
+    engine.update_weights(new)
     server.delay_s = 0.05
 
     def crash() -> None:
@@ -200,17 +199,17 @@ def test_a_server_that_is_away_during_an_update_gets_it_when_it_is_back(server: 
     with FakeVLLM() as second:
         engine = engine_of(server, second, folder=tmp_path, tries=20)
         second.kill()
-        engine.update_weights(lambda folder: save_plain(new, folder))
+        engine.update_weights(new)
         second.start()
         time.sleep(0.05)
         for seed in range(3):
             ours, theirs = own_logprobs(new, play(engine, 12, seed))
             np.testing.assert_allclose(theirs, ours, atol=1e-4)
-        assert second.version == "weights-1"
+        assert second.version == server.version
         assert second.answered
     server.kill()
     with pytest.raises(UserError, match="no server took the new weights"):
-        engine.update_weights(lambda folder: save_plain(new, folder))
+        engine.update_weights(new)
     server.start()
 
 

@@ -1,0 +1,62 @@
+"""Which engine samples a run's episodes, and the servers that settings name.
+
+Worked example::
+
+    engine = make_engine(config, student, chat, weights_folder)     # config.engine: local, vllm, or URLs
+    engine.update_weights(student.model)
+    require_same_policy(engine, student, chat)                      # or: one sentence on what differs
+
+Test it alone: ``pytest tests/trainer/test_engine_setup.py``
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opd_env.engine import Engine
+from opd_env.formats import ChatFormat
+from opd_env.http_client import client_of, is_url
+from opd_env.http_engine import HttpEngine
+from opd_env.local_engine import LocalEngine
+from opd_env.models import LoadedModel
+from opd_env.server_probe import probe_servers
+from opd_env.trainer.config import OPDConfig
+
+
+def make_engine(config: OPDConfig, student: LoadedModel, chat: ChatFormat, weights_folder: Path) -> Engine:
+    """The engine that ``config.engine`` names.
+
+    Args:
+        config: all settings.
+        student: the model that samples; vLLM loads it anew by the name that ``config.student`` gives it.
+        chat: the student's format.
+        weights_folder: where servers find new weights.
+
+    Raises:
+        UserError: a server does not answer, or vLLM is not installed.
+    """
+    count = config.concurrent_episodes
+    if is_url(config.engine):
+        return HttpEngine(client_of(config.engine, count), chat.stop_token_ids, chat.vocab_size, weights_folder)
+    if config.engine == "vllm":
+        from opd_env.models import PACKAGED
+        from opd_env.vllm_engine import VLLMEngine
+
+        name = config.student
+        if name.startswith("packaged:"):
+            name = str(PACKAGED / name.removeprefix("packaged:"))
+        return VLLMEngine(
+            name, chat.stop_token_ids, chat.vocab_size,
+            capacity=count, max_context=config.limits.max_tokens, dtype=config.dtype,
+        )  # fmt: skip
+    return LocalEngine(student.model, chat.stop_token_ids, chat.vocab_size, count)
+
+
+def require_same_policy(engine: Engine, student: LoadedModel, chat: ChatFormat) -> None:
+    """Refuses servers that do not sample from the student as it is here.
+
+    Raises:
+        UserError: what differs, and what to do.
+    """
+    if isinstance(engine, HttpEngine):
+        probe_servers(engine.client, chat, student.model)
