@@ -1,0 +1,173 @@
+"""A real vLLM on this machine: in process and as a server. Run by ``make test-vllm``; elsewhere skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opd_env.engine import Engine
+from opd_env.formats import get_format
+from opd_env.http_client import HttpClient
+from opd_env.http_engine import HttpEngine, served_model
+from opd_env.limits import RolloutLimits
+from opd_env.models import PACKAGED, load_model
+from opd_env.rollouts import RolloutResult, rollout
+from opd_env.server_probe import probe_servers
+from opd_env.server_scores import score_tokens
+from opd_env.tasks import load_task
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; run make test-vllm"),
+]
+TOLERANCE = 1e-3
+"""Nats. Both compute in float32; other orders of summation."""
+
+
+@pytest.fixture(scope="module")
+def student() -> Any:
+    return load_model("packaged:student")
+
+
+def play(engine: Engine, chat: Any, seed: int = 1) -> RolloutResult:
+    limits = RolloutLimits(max_turns=4, max_turn_tokens=64, max_tokens=400)
+    result = rollout(load_task("arithmetic"), engine, chat, indices=range(8), limits=limits, seed=seed)
+    assert not result.errors
+    assert len(result.trajectories) == 8
+    return result
+
+
+def gap(model: Any, result: RolloutResult) -> float:
+    """Largest difference of recorded and recomputed log-probs of sampled tokens."""
+    found = 0.0
+    for one in result.trajectories:
+        with torch.no_grad():
+            logprobs_TV = model(torch.from_numpy(one.token_ids)[None].long()).logits[0].log_softmax(-1)
+        for place in np.flatnonzero(one.sampled):
+            found = max(found, abs(float(logprobs_TV[place - 1, one.token_ids[place]]) - float(one.logprobs[place])))
+    return found
+
+
+def moved(model: Any) -> Any:
+    """The same model a large step later."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_in_process_samples_scores_and_takes_new_weights(student: Any) -> None:
+    from opd_env.vllm_engine import VLLMEngine
+
+    chat = get_format(student.tokenizer)
+    engine = VLLMEngine(
+        str(PACKAGED / "student"), chat.stop_token_ids, chat.vocab_size, capacity=8, max_context=512, enforce_eager=True
+    )
+    first = play(engine, chat)
+    assert gap(student.model, first) < TOLERANCE
+    again = play(engine, chat)
+    assert [one.token_ids.tolist() for one in first.trajectories] == [
+        one.token_ids.tolist() for one in again.trajectories
+    ]
+    rows = [(one.token_ids.tolist(), np.flatnonzero(one.sampled).tolist()) for one in first.trajectories]
+    for one, scores in zip(first.trajectories, engine.score(rows, k=3), strict=True):
+        np.testing.assert_allclose(scores.logprobs_N, one.logprobs[one.sampled], atol=TOLERANCE)
+        assert scores.topk_ids_NK.shape == (one.num_sampled, 3)
+    new = moved(load_model("packaged:student").model)
+    engine.update_weights(new)
+    after = play(engine, chat)
+    assert gap(new, after) < TOLERANCE
+    assert gap(student.model, after) > 0.1
+    engine.close()
+
+
+class Server:
+    """``vllm serve`` of the packaged student."""
+
+    def __init__(self, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", log
+
+    def start(self) -> None:
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(PACKAGED / "student"),
+            "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port),
+            "--max-model-len", "512",
+        ]  # fmt: skip
+        environment = os.environ | {
+            "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }  # fmt: skip
+        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def wait(self) -> None:
+        client = HttpClient([self.url])
+        for _ in range(600):
+            if self.process.poll() is not None:
+                break
+            try:
+                client.ask(self.url, "/health", timeout_s=2)
+            except Exception:
+                time.sleep(0.5)
+            else:
+                return
+        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    one = Server(tmp_path_factory.mktemp("vllm") / "server.log")
+    one.start()
+    try:
+        one.wait()
+        yield one
+    finally:
+        one.kill()
+
+
+def test_a_server_passes_the_probe_and_samples_scores_and_takes_new_weights(
+    server: Server, student: Any, tmp_path: Path
+) -> None:
+    chat = get_format(student.tokenizer)
+    client = HttpClient([server.url], tries=20, patience_s=200)
+    probe_servers(client, chat, student.model)
+    engine = HttpEngine(client, chat.stop_token_ids, chat.vocab_size, tmp_path)
+    first = play(engine, chat)
+    assert gap(student.model, first) < TOLERANCE
+    for one in first.trajectories:
+        places = np.flatnonzero(one.sampled).tolist()
+        scores = score_tokens(client, served_model(client), one.token_ids.tolist(), places, k=20)
+        np.testing.assert_allclose(scores.logprobs_N, one.logprobs[places], atol=TOLERANCE)
+        assert scores.topk_ids_NK.shape == (len(places), 20)
+    new = moved(load_model("packaged:student").model)
+    engine.update_weights(new)
+    probe_servers(client, chat, new)
+    assert gap(new, play(engine, chat)) < TOLERANCE
+    # Killed and started again it has its first weights, and must get the new ones before it samples.
+    server.kill()
+    server.start()
+    assert gap(new, play(engine, chat, seed=2)) < TOLERANCE
+    engine.close()
