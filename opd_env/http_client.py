@@ -191,6 +191,8 @@ class HttpClient:
             self._closed = True
             connections = list(self._connections)
             self._lock.notify_all()
+            for _ in range(self._workers):
+                self._jobs.put(lambda: None)  # wakes a thread that waits for work
         for connection in connections:
             _shut(connection)
 
