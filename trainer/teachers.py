@@ -20,8 +20,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from opd_env.formats import get_format
-from opd_env.messages import assistant, system, user
+from opd_env.formats import TemplateFormat, get_format
+from opd_env.formats.chat_template import CALL, OPENING, SCHEMA
+from opd_env.messages import assistant, system, tool_message, user
 from opd_env.models import LoadedModel
 from opd_env.trainer.batch import Head, MicroBatch, PolicyModule, Row, num_sampled, pack, row_of
 from opd_env.trainer.logprobs import positions_per_chunk, token_logprobs
@@ -214,7 +215,9 @@ def require_compatible(
                 f"{getattr(teacher.tokenizer, name)!r} for the teacher; {advice}"
             )
     _require_equal_templates(student.tokenizer, teacher.tokenizer, where)
-    ends, teacher_ends = (get_format(one.tokenizer).stop_token_ids for one in (student, teacher))
+    chat, teacher_chat = (get_format(one.tokenizer) for one in (student, teacher))
+    _require_equal_tool_texts(chat, teacher_chat, where)
+    ends, teacher_ends = chat.stop_token_ids, teacher_chat.stop_token_ids
     if ends != teacher_ends:
         raise ValueError(f"{where}: turns end with token {ends} for the student, {teacher_ends} for the teacher")
     for role, loaded, extra in (("student", student, 0), ("teacher", teacher, teacher_extra_tokens)):
@@ -237,16 +240,39 @@ _PROBES = (
 )
 
 
+def _require_equal_tool_texts(student: TemplateFormat, teacher: TemplateFormat, where: str) -> None:
+    """Tools, their results and calls: what the messages of ``_PROBES`` do not show."""
+    texts = [
+        chat.decode(
+            [
+                *chat.render_prompt(OPENING, [SCHEMA]),
+                *chat.render_assistant(assistant("", [CALL])),
+                *chat.render_tool_results([tool_message(CALL.name, "42")]),
+            ]
+        )
+        for chat in (student, teacher)
+    ]
+    _require_equal(texts, where)
+
+
 def _require_equal_templates(student: Any, teacher: Any, where: str) -> None:
     for messages in _PROBES:
         texts = [
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             for tokenizer in (student, teacher)
         ]
-        if texts[0] != texts[1]:
-            at = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
-            shown = [text[max(0, at - 20) : at + 20] for text in texts]
-            raise ValueError(
-                f"{where}: their chat templates differ; around character {at} the student's writes {shown[0]!r}, "
-                f"the teacher's {shown[1]!r}; give both models the same template"
-            )
+        _require_equal(texts, where)
+
+
+def _require_equal(texts: Sequence[str], where: str) -> None:
+    """Refuses when the student's text, the first, is not the teacher's, the second."""
+    ours, theirs = texts
+    if ours != theirs:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        shown = [text[max(0, at - 20) : at + 20] for text in (ours, theirs)]
+        raise ValueError(
+            f"{where}: their chat templates differ; around character {at} the student's writes {shown[0]!r}, "
+            f"the teacher's {shown[1]!r}; give both models the same template"
+        )

@@ -124,6 +124,18 @@ def test_another_chat_template_is_refused_with_the_first_difference():
     assert "assistant '" in text
 
 
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [("'Tools:'", "'Functions:'"), ("'<|im_start|>user' }}{% endif %}", "'<|im_start|>tool' }}{% endif %}")],
+)
+def test_a_template_that_differs_in_tools_alone_is_refused(text, other):
+    changed = TEMPLATE.replace(text, other)
+    assert changed != TEMPLATE
+    found = refusal(with_tokenizer(lambda tokenizer: setattr(tokenizer, "chat_template", changed)))
+    assert "their chat templates differ" in found
+    assert other.split("'")[1].split(">")[-1] in found
+
+
 def test_a_vocabulary_that_is_too_small_is_refused():
     small = LoadedModel(tiny_llama(VOCABULARY - 1), tiny_tokenizer(), "teacher")
     assert f"embedding has {VOCABULARY - 1} rows, fewer than the {VOCABULARY} tokens" in refusal(small)
