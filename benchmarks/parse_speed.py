@@ -5,8 +5,9 @@ parser alone. The tokens are SmolLM2's where its package is installed (``make sm
 (more tokens for a turn). ``json`` is the limit to compare with: ``json.loads`` of nothing but the call's arguments.
 
 Run it: ``python benchmarks/parse_speed.py`` (half a minute), and for the proof by exhaustion
-``python benchmarks/parse_speed.py --outputs 1000000`` (about ten minutes a format): that many random and mutated
-outputs are read as tokens, every span is checked, and the first exception is shown with the output that caused it.
+``python benchmarks/parse_speed.py --outputs 1000000`` (about a minute of processor time a format): that many
+random and mutated outputs are read as tokens, every span is checked, and the first exception is shown with the output
+that caused it.
 """
 
 from __future__ import annotations
