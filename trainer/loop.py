@@ -51,7 +51,7 @@ from opd_env.trainer.objective import OPDObjective, TokenValues
 from opd_env.trainer.order import StepProblems
 from opd_env.trainer.run_folder import RunFolder, git_state
 from opd_env.trainer.server_teacher import ServerTeacher
-from opd_env.trainer.setup import Parts, make_accelerator, make_parts
+from opd_env.trainer.setup import Parts, leave, make_accelerator, make_parts
 from opd_env.trainer.sft import expert_trajectories, sft
 from opd_env.trainer.state import Progress, restore, state_files
 from opd_env.trainer.update import TrainingError, Updater, learning_rate_at
@@ -159,6 +159,7 @@ class OPDTrainer:
                 if step > 0 and step not in self.checkpoints.steps():
                     self._save(step, time.perf_counter() - started)
                 self.display.say(f"stopped after step {step}; start the same command again to continue")
+                leave(self.accelerator)
                 raise
             return self._finish(results, time.perf_counter() - started)
 
@@ -317,7 +318,7 @@ class OPDTrainer:
             self.display.say(f"done: {student.name}, results in {self.folder.path}")
         # All together: a process that leaves its group while another still works can wait for it forever.
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        leave(self.accelerator)
         return results
 
     def _teacher_engine(self) -> Engine:

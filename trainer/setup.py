@@ -6,6 +6,7 @@ Test it alone: ``pytest tests/trainer/test_setup.py``
 from __future__ import annotations
 
 import importlib.util
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,17 @@ def make_accelerator(config: OPDConfig) -> Any:
             "episodes_per_step"
         )
     return accelerator
+
+
+def leave(accelerator: Any) -> None:
+    """Closes trackers and the group of processes: the last thing before a process ends.
+
+    A thread of gloo's lets go of the Python objects of a collective only after it is done. If the interpreter is
+    finalising by then, the process aborts; so a process of several waits a moment, in which that thread can run.
+    """
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        time.sleep(0.5)
 
 
 def _with_adapters(model: Any, settings: LoRASettings, seed: int) -> Any:

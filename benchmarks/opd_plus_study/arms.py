@@ -124,4 +124,6 @@ def _nothing(u: Tensor) -> Tensor:
     return 1 - u + torch.relu(u - 2981.0) ** 2
 
 
-register_divergence("constant", _nothing)
+def register_control() -> None:
+    """Makes the divergence of the arm ``constant`` known, when it is to run: it is none, and would fail ``certify``."""
+    register_divergence("constant", _nothing)

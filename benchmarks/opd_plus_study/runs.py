@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from benchmarks.opd_plus_study.arms import REFERENCE, Arm, Kind
+from benchmarks.opd_plus_study.arms import REFERENCE, Arm, Kind, register_control
 from opd_env import evaluate, load_task
 from opd_env.engine import SamplingParams
 from opd_env.local_engine import LocalEngine
@@ -75,6 +75,7 @@ def measure_run(
         sizes: problems per evaluation.
         changes: settings of the whole study that differ from ``study.yaml``.
     """
+    register_control()
     started, cpu = time.perf_counter(), time.process_time()
     place = folder / "work" / f"{arm.name}_{seed}"
     with open(os.devnull, "w") as nowhere:

@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.opd_plus_study import __main__ as study
 from benchmarks.opd_plus_study.analysis import OverSeeds, answers, holm, summaries
-from benchmarks.opd_plus_study.arms import ARMS, COMPARISONS, REFERENCE, arm_named
+from benchmarks.opd_plus_study.arms import ARMS, COMPARISONS, REFERENCE, arm_named, register_control
 from benchmarks.opd_plus_study.report import tables
-from opd_env.trainer import advantage
+from opd_env.trainer import advantage, divergences
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "opd_plus_study" / "results"
@@ -50,7 +50,14 @@ def test_the_value_baseline_of_forward_kl_is_its_centre():
     torch.testing.assert_close(with_baseline, advantage(LOG_U, "forward_kl", "opd_plus_centred"))
 
 
+@pytest.fixture(autouse=True)
+def _forget_the_control(monkeypatch):
+    """No other test may find it among the registered divergences."""
+    monkeypatch.setattr(divergences, "_REGISTERED", {})
+
+
 def test_the_control_gives_every_token_minus_one():
+    register_control()
     settings = arm_named("constant").settings
     advantages = advantage(2 * LOG_U, settings["divergence"], settings["mode"], clip_log_ratio=6.0)
     torch.testing.assert_close(advantages, -torch.ones_like(LOG_U), rtol=0, atol=1e-6)

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from opd_env.trainer.batch import PolicyModule, row_of
 from opd_env.trainer.checkpoint import Checkpoints
+from opd_env.trainer.setup import leave
 from opd_env.trainer.sft import supervised_objective
 from opd_env.trainer.state import Progress, restore, state_files
 from opd_env.trainer.update import Updater
@@ -81,7 +82,8 @@ def main(folder: Path) -> None:
             torch.save({name: value.detach().clone() for name, value in weights.items()}, folder / f"{kind}.pt")
     if accelerator.is_main_process:
         (folder / "found.json").write_text(json.dumps(found))
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    leave(accelerator)
 
 
 if __name__ == "__main__":
