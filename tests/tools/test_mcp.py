@@ -87,7 +87,7 @@ def test_a_call_that_hangs_is_a_timeout_and_the_server_goes_on(toolbox: Toolbox)
     pid = toolbox.call("misbehave", {"how": "pid"}).content
     start = time.monotonic()
     assert toolbox.call("hang", {"server_too": False}).error is ToolErrorKind.TIMEOUT
-    assert LIMIT <= time.monotonic() - start < LIMIT + 0.5
+    assert LIMIT <= time.monotonic() - start < LIMIT + 2
     assert toolbox.call("misbehave", {"how": "pid"}).content == pid
 
 
@@ -100,7 +100,7 @@ def test_a_server_that_dies_or_hangs_is_an_error_on_time_and_is_started_again(sh
         assert toolbox.call("misbehave", {"how": "die"}).error is ToolErrorKind.EXCEPTION
     else:
         assert toolbox.call("hang", {"server_too": True}).error is ToolErrorKind.TIMEOUT
-    assert time.monotonic() - start < LIMIT + 0.5
+    assert time.monotonic() - start < LIMIT + 2
     deadline = time.monotonic() + 30
     while not (again := toolbox.call("misbehave", {"how": "pid"})).ok:
         assert time.monotonic() < deadline
