@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from opd_env.configuration import ConfigError
 from opd_env.formats import ChatFormat, TemplateFormat
 from opd_env.http_client import client_of
-from opd_env.models import LoadedModel, load_model
+from opd_env.models import LoadedModel, load_model, weights_hash
 from opd_env.server_probe import probe_servers
 from opd_env.tasks import Task
 from opd_env.tools import list_tools
@@ -27,7 +27,7 @@ from opd_env.trainer.demonstrations import DemonstrationFormat, TaskPrompts, pla
 from opd_env.trainer.lookup import ExampleLookup
 from opd_env.trainer.routing import NameRoute, RoutedTeacher
 from opd_env.trainer.server_teacher import ServerTeacher
-from opd_env.trainer.teacher_cache import CachedTeacher, fingerprint_of
+from opd_env.trainer.teacher_cache import CachedTeacher
 from opd_env.trainer.teachers import LocalTeacher, Prompt, Teacher, require_compatible
 
 
@@ -105,7 +105,7 @@ def make_teachers(
     def remembering(one: LocalTeacher) -> Teacher:
         if config.teacher_cache is None:
             return one
-        identity = f"{fingerprint_of(one.loaded.model)} at temperature {config.temperature}"
+        identity = f"{weights_hash(one.loaded.model)} at temperature {config.temperature}"
         return CachedTeacher(one, config.teacher_cache, identity, one.rows)
 
     named = local(teacher)

@@ -2,7 +2,7 @@
 
 Worked example::
 
-    teacher = CachedTeacher(local, "runs/teacher_cache", identity=fingerprint_of(local.loaded.model), rows=local.rows)
+    teacher = CachedTeacher(local, "runs/teacher_cache", identity=weights_hash(local.loaded.model), rows=local.rows)
     teacher.score(trajectories)                    # asks the teacher
     teacher.score(trajectories)                    # reads one SQLite file
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from opd_env.trainer.batch import Row
 from opd_env.trainer.teachers import Teacher, TopKTeacher, by_trajectory
@@ -117,15 +117,6 @@ class CachedTeacher:
         digest.update(row.token_ids_T.astype("<i4").tobytes())
         digest.update(row.sampled_T.tobytes())
         return digest.hexdigest()
-
-
-def fingerprint_of(model: nn.Module) -> str:
-    """A hash of all parameters: equal for equal weights, wherever they were loaded from."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read(database: sqlite3.Connection, key: str) -> tuple[Tensor, ...] | None:
