@@ -20,10 +20,11 @@ import torch
 from opd_env.engine import Engine
 from opd_env.formats import get_format
 from opd_env.http_client import HttpClient
-from opd_env.http_engine import HttpEngine, served_model
+from opd_env.http_engine import HttpEngine
 from opd_env.limits import RolloutLimits
 from opd_env.models import PACKAGED, load_model
 from opd_env.rollouts import rollout
+from opd_env.server_model import served_model
 from opd_env.server_scores import score_tokens
 from opd_env.tasks import load_task
 

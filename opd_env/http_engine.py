@@ -14,19 +14,14 @@ Of several processes that sample from the same servers, one gives them new weigh
         engine.follow(served)
 
 A turn is one request; all open turns are under way at once and the servers batch them. An episode stays with the
-server whose prefix cache knows it. Everything that a server could decide by itself is told to it: its default
-sampling parameters (``generation_config.json``) are overridden, and only the format's stop tokens end a turn. A turn
-that no server can sample ends its episode as a counted failure; no server at all ends the rollout.
-
-Log-probs are those of vLLM's default ``--logprobs-mode raw_logprobs``: at temperature 1, whatever the temperature. So
-temperature 1 and greedy turns are sampled here, and other temperatures refused.
+server whose prefix cache knows it. A turn that no server can sample ends its episode as a counted failure; no server
+at all ends the rollout.
 
 Test it alone: ``pytest tests/core/test_http_engine.py``
 """
 
 from __future__ import annotations
 
-import math
 import secrets
 import shutil
 import tempfile
@@ -41,19 +36,9 @@ from typing import Any, NamedTuple
 from opd_env.engine import Completion, Engine, Request
 from opd_env.errors import UserError
 from opd_env.http_client import HttpClient, RequestFailed, RequestRefused
+from opd_env.server_model import served_model
+from opd_env.server_turns import read_completion, require_samplable, sampling_body
 from opd_env.weights import save_plain
-
-FORBIDDEN = -9999.0
-"""What vLLM writes for a log-prob of −inf."""
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """What all servers of a pool serve."""
-
-    name: str
-    max_context: int
-    """Tokens, the sampled ones included."""
 
 
 @dataclass(frozen=True)
@@ -70,34 +55,6 @@ class _Outcome(NamedTuple):
     ticket: object
     """Tells this turn from a later one of an episode of the same number."""
     result: Completion | Exception
-
-
-def served_model(client: HttpClient) -> ServedModel:
-    """What the servers serve.
-
-    Raises:
-        UserError: one cannot be reached, is no vLLM server, or serves something else than the others.
-    """
-    found: dict[str, ServedModel] = {}
-    for url in client.urls:
-        try:
-            listed = client.ask(url, "/v1/models", timeout_s=30)["data"]
-            models = [ServedModel(str(one["id"]), int(one["max_model_len"])) for one in listed if not one.get("parent")]
-        except (RequestFailed, RequestRefused) as error:
-            raise UserError(
-                f"no vLLM server answers at {url} ({error}); start one with `vllm serve MODEL`, and wait until "
-                f"{url}/health answers"
-            ) from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{url} does not list its model and its context as a vLLM server does ({error})") from error
-        if len(models) != 1:
-            raise UserError(f"{url} serves {len(models)} models; give each model its own server")
-        found[url] = models[0]
-    first = next(iter(found.values()))
-    if any(model != first for model in found.values()):
-        shown = "; ".join(f"{url}: {model.name}, {model.max_context} tokens" for url, model in found.items())
-        raise UserError(f"the servers of one pool must serve the same model with the same context, but {shown}")
-    return first
 
 
 class HttpEngine(Engine):
@@ -259,81 +216,3 @@ class HttpEngine(Engine):
         except Exception as error:  # raised where the caller waits: it must not die with this thread
             result = error
         return _Outcome(request.episode, ticket, result)
-
-
-def require_samplable(request: Request, max_context: int) -> None:
-    """Refuses what vLLM cannot sample, or not with the log-probs of what was sampled.
-
-    Raises:
-        UserError: the temperature. ValueError: the length.
-    """
-    params, length = request.params, len(request.token_ids)
-    if params.temperature not in (0.0, 1.0):
-        raise UserError(
-            f"temperature={params.temperature}: vLLM reports log-probs at temperature 1, which would then not be "
-            "those of the sampled policy; use temperature 1 or 0, or engine=local"
-        )
-    if not length or length + params.max_tokens > max_context:
-        raise ValueError(
-            f"episode {request.episode}: {length} tokens and max_tokens={params.max_tokens} do not fit vLLM's context "
-            f"of {max_context}; lower max_turn_tokens, or raise --max-model-len"
-        )
-
-
-def sampling_body(request: Request, model: str, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """The JSON that asks for a turn; nothing is left to a server's defaults."""
-    params = request.params
-    return {
-        "model": model,
-        "prompt": list(request.token_ids),
-        "max_tokens": params.max_tokens,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "seed": request.seed % (1 << 63),
-        "stop_token_ids": list(stop_token_ids),
-        "ignore_eos": True,
-        "logprobs": 0,
-        "return_token_ids": True,
-    }
-
-
-def read_completion(answer: Any, request: Request, stop_token_ids: Sequence[int], vocab_size: int) -> Completion:
-    """Checks and takes over what a server answered.
-
-    Raises:
-        ValueError, KeyError, TypeError, IndexError: it is not the answer to this request.
-    """
-    (choice,) = answer["choices"]
-    ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-    if choice["prompt_token_ids"] != list(request.token_ids):
-        raise ValueError("the server read another prompt than it was given")
-    if not 1 <= len(ids) <= request.params.max_tokens or len(ids) != len(logprobs):
-        raise ValueError(f"{len(ids)} tokens with {len(logprobs)} log-probs, max_tokens={request.params.max_tokens}")
-    for token in ids:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise ValueError(f"token {token!r} is not one of the tokenizer's {vocab_size}")
-    for logprob in logprobs:
-        if require_logprob(logprob) <= FORBIDDEN:
-            raise ValueError("a sampled token has probability 0")
-    reason, stopped = choice["finish_reason"], ids[-1] in stop_token_ids
-    if reason not in ("stop", "length") or stopped != (reason == "stop"):
-        raise ValueError(f"the turn ended with {reason!r} at token {ids[-1]}; turns end at {list(stop_token_ids)}")
-    if not stopped and len(ids) < request.params.max_tokens:
-        raise ValueError(f"the turn broke off after {len(ids)} tokens of {request.params.max_tokens}")
-    return Completion(request.episode, ids, [min(0.0, float(one)) for one in logprobs], truncated=not stopped)
-
-
-def require_logprob(value: Any) -> float:
-    """A log-prob as it stands in JSON.
-
-    Raises:
-        ValueError: not a number, or above 0 by more than rounding.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
-        raise ValueError(f"{value!r} is not a log-prob")
-    return float(value)

@@ -28,9 +28,10 @@ from opd_env.engine import Completion, Request, SamplingParams
 from opd_env.errors import UserError
 from opd_env.formats import ChatFormat
 from opd_env.http_client import HttpClient, RequestFailed, RequestRefused
-from opd_env.http_engine import ServedModel, read_completion, sampling_body, served_model
 from opd_env.messages import user
+from opd_env.server_model import ServedModel, served_model
 from opd_env.server_scores import score_tokens
+from opd_env.server_turns import read_completion, sampling_body
 from opd_env.vllm_engine import VLLMEngine
 
 MEAN_GAP, MAX_GAP = 0.05, 0.5

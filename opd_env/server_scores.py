@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from opd_env.errors import UserError
 from opd_env.http_client import HttpClient
-from opd_env.http_engine import FORBIDDEN, ServedModel, require_logprob
+from opd_env.server_model import ServedModel
+from opd_env.server_turns import FORBIDDEN, require_logprob
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,9 +22,9 @@ from typing import Any
 
 from opd_env.engine import Completion, Engine, Request
 from opd_env.errors import UserError
-from opd_env.http_engine import read_completion, require_samplable
 from opd_env.models import source_of
 from opd_env.server_scores import TokenScores, no_scores, read_scores
+from opd_env.server_turns import read_completion, require_samplable
 from opd_env.weights import plain_weights
 
 

@@ -32,7 +32,8 @@ from opd_env.engine import Engine
 from opd_env.errors import UserError
 from opd_env.formats import ChatFormat
 from opd_env.http_client import HttpClient, RequestFailed
-from opd_env.http_engine import HttpEngine, served_model
+from opd_env.http_engine import HttpEngine
+from opd_env.server_model import served_model
 from opd_env.server_scores import TokenScores, score_tokens
 from opd_env.trainer.batch import Row, rows_of
 from opd_env.trainer.teachers import Prompt

@@ -16,10 +16,11 @@ from opd_env.engine import GREEDY, Request, SamplingParams
 from opd_env.errors import UserError
 from opd_env.formats import get_format
 from opd_env.http_client import HttpClient, ServersDown
-from opd_env.http_engine import HttpEngine, read_completion
+from opd_env.http_engine import HttpEngine
 from opd_env.limits import RolloutLimits
 from opd_env.local_engine import LocalEngine
 from opd_env.rollouts import RolloutResult, rollout
+from opd_env.server_turns import read_completion
 from tests.core.fake_vllm import FakeVLLM
 from tests.core.test_rollouts import Doubles
 from tests.core.tiny import tiny_llama, tiny_tokenizer

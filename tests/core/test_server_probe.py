@@ -12,7 +12,7 @@ import torch
 from opd_env.errors import UserError
 from opd_env.formats import get_format
 from opd_env.http_client import HttpClient, RequestFailed
-from opd_env.http_engine import ServedModel
+from opd_env.server_model import ServedModel
 from opd_env.server_probe import probe_servers
 from opd_env.server_scores import read_scores, score_tokens
 from tests.core.fake_vllm import FakeVLLM

@@ -26,10 +26,11 @@ from opd_env.engine import Engine
 from opd_env.errors import UserError
 from opd_env.formats import get_format
 from opd_env.http_client import HttpClient
-from opd_env.http_engine import HttpEngine, served_model
+from opd_env.http_engine import HttpEngine
 from opd_env.limits import RolloutLimits
 from opd_env.models import PACKAGED, load_model
 from opd_env.rollouts import RolloutResult, rollout
+from opd_env.server_model import served_model
 from opd_env.server_probe import probe_servers, probe_vllm
 from opd_env.server_scores import score_tokens
 from opd_env.store import load_trajectories
