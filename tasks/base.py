@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opd_env.messages import Message
-from opd_env.tools.errors import did_you_mean
+from opd_env.tools.errors import unknown
 
 if TYPE_CHECKING:
     from opd_env.tools import Tool
@@ -85,8 +85,7 @@ class Task(ABC, Sequence[Example]):
 
     def __init__(self, split: str = "train") -> None:
         if split not in self.splits:
-            hint, known = did_you_mean(split, self.splits), ", ".join(self.splits)
-            raise ValueError(f"{type(self).__name__} has no split {split!r}{hint}; it has {known}")
+            raise ValueError(unknown(f"split of {type(self).__name__}", split, self.splits))
         self.split = split
 
     @property

@@ -28,7 +28,7 @@ from reprlib import Repr
 from typing import Any, NamedTuple
 
 from opd_env.messages import ToolCall
-from opd_env.tasks.registry import unknown
+from opd_env.tools.errors import unknown
 
 _CALLING = ("simple", "multiple", "parallel", "parallel_multiple")
 CATEGORIES = frozenset(

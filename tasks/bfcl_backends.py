@@ -32,8 +32,8 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from opd_env.tasks.registry import unknown
 from opd_env.tasks.rows import read_jsonl
+from opd_env.tools.errors import unknown
 
 MODULES: Mapping[str, str] = {
     "GorillaFileSystem": "gorilla_file_system",

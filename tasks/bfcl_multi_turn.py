@@ -37,9 +37,9 @@ from opd_env.messages import Message, ToolCall, assistant, calls_of, tool_messag
 from opd_env.tasks.base import Example, Grade, Task
 from opd_env.tasks.bfcl_backends import Backends, data_folder, functions_of
 from opd_env.tasks.bfcl_task import ANSWER, JudgedTool, json_schema
-from opd_env.tasks.registry import unknown
 from opd_env.tasks.rows import read_jsonl
 from opd_env.tools import Tool, ToolError, ToolErrorKind
+from opd_env.tools.errors import unknown
 from opd_env.tools.time_limit import run_with_limit
 
 CATEGORIES = ("base", "miss_func", "miss_param")

@@ -25,9 +25,9 @@ from opd_env.messages import Message, calls_of
 from opd_env.tasks.base import Example, Grade, Task
 from opd_env.tasks.bfcl import CATEGORIES, match_calls
 from opd_env.tasks.bfcl_backends import data_folder
-from opd_env.tasks.registry import unknown
 from opd_env.tasks.rows import read_jsonl
 from opd_env.tools import Tool, ToolError, ToolErrorKind
+from opd_env.tools.errors import unknown
 
 ROW: Mapping[str, type] = {"id": str, "question": list, "function": list}
 ANSWER: Mapping[str, type] = {"id": str, "ground_truth": list}

@@ -26,8 +26,8 @@ from typing import Any
 from opd_env.messages import Message, user
 from opd_env.tasks.base import Example, Grade, Task
 from opd_env.tasks.drawn import Drawn
-from opd_env.tasks.registry import unknown
 from opd_env.tasks.splits import SPLITS, split_of
+from opd_env.tools.errors import unknown
 
 SETS = (
     "aiw", "basic_arithmetic", "bitwise_arithmetic", "calendar_arithmetic", "chain_sum", "count_bits",

@@ -7,7 +7,7 @@ Worked example::
         def __init__(self, split: str = "train", size: int = 100) -> None: ...
 
     load_task("double", split="test", size=20)
-    load_task("duoble")     # ValueError: no task is named 'duoble'; did you mean 'double'? Known: …
+    load_task("duoble")     # ValueError: no task is named 'duoble' (did you mean 'double'?); known: …
 
 Another package adds a task through the entry-point group ``opd_env.tasks``: the task's name, and its class
 or a function that returns a Task. Its module is imported when it is asked for.
@@ -17,16 +17,16 @@ Test it alone: ``pytest tests/tasks/test_registry.py``
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
 from opd_env.tasks.base import Task
+from opd_env.tools.errors import unknown
 
 ENTRY_POINT_GROUP = "opd_env.tasks"
 
@@ -98,7 +98,7 @@ def get_task(name: str) -> TaskFactory:
     plugins = _plugins()
     if name in plugins:
         return _load_plugin(plugins[name])
-    raise ValueError(unknown("task", name, {*_registered, *_BUILT_IN, *plugins}))
+    raise ValueError(unknown("task", name, sorted({*_registered, *_BUILT_IN, *plugins})))
 
 
 def load_task(name: str, split: str = "train", **options: Any) -> Task:
@@ -119,7 +119,7 @@ def load_task(name: str, split: str = "train", **options: Any) -> Task:
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for option in options:
             if option not in parameters:
-                raise ValueError(unknown(f"option of task {name!r}", option, set(parameters) - {"split"}))
+                raise ValueError(unknown(f"option of task {name!r}", option, sorted(set(parameters) - {"split"})))
     needed = [one.name for one in parameters.values() if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
     if missing := [option for option in needed if option not in ("split", *options)]:
         raise ValueError(f"task {name!r} needs the option {' and '.join(missing)}; its page is docs/tasks.md")
@@ -144,14 +144,6 @@ def list_tasks() -> list[str]:
         else:
             names.add(name)
     return sorted(names)
-
-
-def unknown(kind: str, got: str, known: Iterable[str]) -> str:
-    """One sentence for a name that is not known: what was got, the nearest name, all names."""
-    names = sorted(known)
-    near = difflib.get_close_matches(got, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"no {kind} is named {got!r}{hint} Known: {', '.join(names) or 'none'}"
 
 
 def _is_table(name: str) -> bool:

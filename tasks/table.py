@@ -32,10 +32,10 @@ import yaml
 from opd_env.messages import Message, system, user
 from opd_env.tasks.base import Example, Grade, Task
 from opd_env.tasks.graders import find_number, grade_number, grade_text, number_value
-from opd_env.tasks.registry import unknown
 from opd_env.tasks.rows import hub_rows, read_jsonl
 from opd_env.tasks.splits import split_of
 from opd_env.tools import Tool, get_tool
+from opd_env.tools.errors import unknown
 
 
 def _math(answer: str | None, golds: Sequence[str]) -> Grade:

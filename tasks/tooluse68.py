@@ -30,10 +30,11 @@ from typing import Any
 from opd_env.messages import Message, calls_of, user
 from opd_env.tasks.base import Example, Grade, Task
 from opd_env.tasks.bfcl_task import JudgedTool
-from opd_env.tasks.registry import register_task, unknown
+from opd_env.tasks.registry import register_task
 from opd_env.tasks.rows import hub_rows, read_jsonl
 from opd_env.tasks.tooluse68_rules import match_calls, original_verdict, read_actions, read_gold, written
 from opd_env.tools import Tool
+from opd_env.tools.errors import unknown
 
 ROW: Mapping[str, type] = {"prompt": str, "answer": str, "idx": int}
 SOURCE = "datasets/tooluse/test.json of github.com/lasgroup/SDPO"

@@ -72,3 +72,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     close."""
     close = difflib.get_close_matches(name[:100], list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The error about an unknown name: ``"no task is named 'duoble' (did you mean 'double'?); known: …"``."""
+    names = list(known)
+    return f"no {kind} is named {name!r}{did_you_mean(name, names)}; known: {', '.join(names) or 'none'}"

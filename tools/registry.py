@@ -24,7 +24,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from opd_env.tools.base import Tool
-from opd_env.tools.errors import did_you_mean
+from opd_env.tools.errors import unknown
 
 ENTRY_POINT_GROUP = "opd_env.tools"
 
@@ -104,8 +104,7 @@ def _find(name: str) -> Tool | Factory:
             package = point.dist.name if point.dist else "its package"
             raise ValueError(f"tool {name!r} of {package} ({point.value}) cannot be imported: {error!r}") from error
     if entry is None:
-        known = list_tools()
-        raise ValueError(f"no tool named {name!r}{did_you_mean(name, known)}; registered: {', '.join(known)}")
+        raise ValueError(unknown("tool", name, list_tools()))
     return entry
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opd_env.tools.errors import did_you_mean
+from opd_env.tools.errors import unknown
 from opd_env.trainer.formulas import (
     FORWARD_KL,
     HELLINGER,
@@ -68,13 +68,12 @@ def get_divergence(name: str, **params: float) -> Divergence:
     """
     if name in _FAMILIES:
         parameter, family = _FAMILIES[name]
-        if unknown := set(params) - {parameter}:
-            raise ValueError(f"{name} has one parameter, {parameter}; got {', '.join(sorted(unknown))}")
+        if others := set(params) - {parameter}:
+            raise ValueError(f"{name} has one parameter, {parameter}; got {', '.join(sorted(others))}")
         return family(params.get(parameter, 0.5))
     found = _BUILT_IN.get(name) or _REGISTERED.get(name)
     if found is None:
-        known = list_divergences()
-        raise ValueError(f"no divergence named {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}")
+        raise ValueError(unknown("divergence", name, list_divergences()))
     if params:
         raise ValueError(f"{name} has no parameters; got {', '.join(sorted(params))}")
     return found

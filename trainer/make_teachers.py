@@ -26,7 +26,7 @@ from opd_env.server_probe import probe_servers, probe_vllm
 from opd_env.server_scores import score_tokens
 from opd_env.tasks import Task
 from opd_env.tools import list_tools
-from opd_env.tools.errors import did_you_mean
+from opd_env.tools.errors import unknown
 from opd_env.trainer.compatibility import require_compatible
 from opd_env.trainer.config import OPDConfig, TeacherEngine
 from opd_env.trainer.cross_tokenizer import CrossTokenizerTeacher
@@ -220,5 +220,4 @@ def _require_known_routes(config: OPDConfig, task: Task) -> None:
     known = [task.name, *(tool if isinstance(tool, str) else tool.name for tool in offered), *list_tools()]
     for name in config.teacher_routes:
         if name not in known:
-            hint = did_you_mean(name, known) or f"; known are {', '.join(dict.fromkeys(known))}"
-            raise ConfigError(f"teacher_routes names {name!r}, which is neither a tool nor the run's task{hint}")
+            raise ConfigError(f"teacher_routes: {unknown('tool or task of this run', name, dict.fromkeys(known))}")

@@ -65,9 +65,9 @@ def _run(words: list[str]) -> int:
         return 0
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
-        from opd_env.tools.errors import did_you_mean
+        from opd_env.tools.errors import unknown
 
-        return _fail(f"no command {command!r}{did_you_mean(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+        return _fail(unknown("command", command, COMMANDS))
     if command in ("train", "eval", "rollout", "tasks", "doctor"):
         go_offline_without_network()
     code: int = importlib.import_module(COMMANDS[command][0]).run(command, rest)

@@ -23,7 +23,7 @@ from opd_env.formats.parse import ParsedCall, ParsedTurn, Span
 from opd_env.formats.pythonic import PythonicFormat, parse_pythonic
 from opd_env.formats.template import TemplateFormat
 from opd_env.formats.tool_code import ToolCodeFormat, parse_tool_code
-from opd_env.tools.errors import did_you_mean
+from opd_env.tools.errors import unknown
 
 __all__ = [
     "FORMATS",
@@ -95,7 +95,7 @@ def format_named(name: str) -> type[TemplateFormat]:
         ValueError: there is none; the message suggests one.
     """
     if name not in FORMATS:
-        raise ValueError(f"there is no chat format {name!r}{did_you_mean(name, FORMATS)}, only {', '.join(FORMATS)}")
+        raise ValueError(unknown("chat format", name, FORMATS))
     return FORMATS[name]
 
 

@@ -66,7 +66,7 @@ def test_mistakes_are_named(capsys):
     for words, message in (
         (["check", "arithmetic"], "takes NAME, or check A:train B:test, got 'check arithmetic'"),
         (["check", "arithmetic", "arithmetic:test"], "got 'arithmetic', expected a task and its split"),
-        (["check", "arithmetic:tset", "arithmetic:test"], "no split 'tset' (did you mean 'test'?)"),
+        (["check", "arithmetic:tset", "arithmetic:test"], "is named 'tset' (did you mean 'test'?)"),
     ):
         assert main(["tasks", *words]) == 2
         assert message in capsys.readouterr().err

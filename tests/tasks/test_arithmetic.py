@@ -156,7 +156,7 @@ def test_levels_that_do_not_exist_are_refused(levels):
 
 
 def test_a_split_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match=r"no split 'dev'; it has train, validation, test"):
+    with pytest.raises(ValueError, match=r"no split of Arithmetic is named 'dev'; known: train, validation, test"):
         load_task("arithmetic", split="dev")
 
 

@@ -45,7 +45,7 @@ def test_an_index_out_of_range_is_refused_with_the_length(index):
 
 
 def test_an_unknown_split_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no split 'tset' \(did you mean 'test'\?\); it has train, validation, test"):
+    with pytest.raises(ValueError, match=r"is named 'tset' \(did you mean 'test'\?\); known: train, validation, test"):
         Double("tset")
 
 

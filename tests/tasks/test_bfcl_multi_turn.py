@@ -188,9 +188,9 @@ def test_hostile_arguments_are_answered_and_judged():
 def test_it_is_for_evaluation_only_and_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="nothing of this task may be trained on"):
         require_trainable(BFCLMultiTurn())
-    with pytest.raises(ValueError, match="no category is named 'mis_func'; did you mean 'miss_func'"):
+    with pytest.raises(ValueError, match=r"no category is named 'mis_func' \(did you mean 'miss_func'"):
         BFCLMultiTurn(category="mis_func")
-    with pytest.raises(ValueError, match="no back end is named 'MathApi'; did you mean 'MathAPI'"):
+    with pytest.raises(ValueError, match=r"no back end is named 'MathApi' \(did you mean 'MathAPI'"):
         Backends(["MathApi"], {})
     with pytest.raises(FileNotFoundError, match=r"no file .*BFCL_v4_multi_turn_base\.json"):
         BFCLMultiTurn(path=tmp_path)

@@ -146,7 +146,7 @@ def test_only_the_training_split_may_be_trained_on():
         ({"levels": [1, 4]}, r"levels=\[1, 4\]: expected"),
         ({"levels": 3}, "levels=3: expected a list"),
         ({"levels": "12"}, "levels='12': expected a list"),
-        ({"split": "dev"}, r"CountrySearch has no split 'dev'; it has train, validation, test"),
+        ({"split": "dev"}, r"no split of CountrySearch is named 'dev'; known: train, validation, test"),
     ],
 )
 def test_an_impossible_option_is_refused(options, message):

@@ -58,7 +58,7 @@ def test_examples_are_the_same_in_every_process():
 
 
 def test_an_unknown_or_unsafe_set_is_refused():
-    with pytest.raises(ValueError, match="no set of reasoning_gym is named 'chain_sums'; did you mean 'chain_sum'"):
+    with pytest.raises(ValueError, match=r"no set of reasoning_gym is named 'chain_sums' \(did you mean 'chain_sum'"):
         load_task("reasoning_gym", sets=["chain_sums"])
     with pytest.raises(ValueError, match="no set of reasoning_gym is named 'simple_integration'"):
         ReasoningGym(sets=["simple_integration"])

@@ -250,7 +250,7 @@ def test_it_is_for_evaluation_only(tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"give one of them \(the paper's file is datasets/tooluse/test\.json"):
         ToolUse68()
-    with pytest.raises(ValueError, match="no presentation is named 'reakt'; did you mean 'react'"):
+    with pytest.raises(ValueError, match=r"no presentation is named 'reakt' \(did you mean 'react'"):
         task_of(tmp_path, presentation="reakt")
     with pytest.raises(FileNotFoundError, match=r"no file .*absent\.json"):
         ToolUse68(path=tmp_path / "absent.json")

@@ -244,7 +244,7 @@ def test_registered_tools_and_factories_are_found_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("calcluator", {}, r"did you mean 'calculator'\?\); registered: calculator, "),
+        ("calcluator", {}, r"did you mean 'calculator'\?\); known: calculator, "),
         ("scaled", {}, "missing a required argument: 'factor'; it is made by .* with factor, offset=0"),
         ("scaled", {"factr": 1}, "missing a required argument: 'factor'"),
         ("search", {}, "missing a required argument: 'passages'"),

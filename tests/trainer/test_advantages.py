@@ -155,7 +155,7 @@ def test_clip_fraction_counts_own_tokens_only():
         ({"gamma": math.nan}, "gamma=nan must lie between 0"),
         ({"gamma": 0.5}, r"shape \[B, T\], got \(13,\)"),
         ({"mode": "opd+"}, "is none of opd, opd_plus, opd_plus_centred"),
-        ({"divergence": "kl"}, "known are reverse_kl"),
+        ({"divergence": "kl"}, "known: reverse_kl"),
         ({"clip_log_ratio": 0.0}, "must be positive"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask has shape \(3,\), log_ratio \(13,\)"),
         ({"baseline": torch.zeros(3)}, r"baseline has shape \(3,\), log_ratio \(13,\)"),

@@ -71,7 +71,7 @@ def test_the_answer_stands_in_the_teachers_prompt_and_nowhere_else(tmp_path):
 @pytest.mark.parametrize(
     ("routes", "reason"),
     [
-        ({"calculater": "x"}, "teacher_routes names 'calculater', .*did you mean 'calculator'"),
+        ({"calculater": "x"}, "teacher_routes: no tool .*'calculater' .did you mean 'calculator'"),
         ({"toy_sum": "x"}, "did you mean 'toy_sums'"),
     ],
 )
