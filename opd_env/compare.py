@@ -244,8 +244,8 @@ def _title(name: str) -> str:
 
 
 def _progress(name: str) -> tuple[bool, str]:
-    """Later evaluations of a run are greater: ``before``, then steps; the teacher is none of them."""
-    return name.startswith("step_"), name if name != "teacher" else ""
+    """Later evaluations of a run are greater: ``before``, then steps; teachers are none of them."""
+    return name.startswith("step_"), "" if name.startswith("teacher") else name
 
 
 def _refuse(first: Side, second: Side, difference: str) -> NoReturn:

@@ -58,13 +58,13 @@ def publish(run: str | Path, *, push: str | None = None, private: bool = False, 
 def model_card(run: Run, name: str) -> str:
     """The text of ``README.md``: what the model is, how it was made, what it was found to do, and how to use it."""
     config, results = run.config, run.results
-    student, teacher = str(config["student"]), str(config["teacher"])
+    student = str(config["student"])
     rows = "\n".join(
         f"| {model.title} | {model.accuracy} | {model.summary.tool_call_validity if model.summary else '–'} "
         f"| {model.accuracy.n} |"
         for model in run.models.values()
     )
-    settings = _rows({key: config[key] for key in _SETTINGS if key in config})
+    settings = _rows({key: config[key] for key in _SETTINGS if key in config} | {"teacher": run.teacher})
     made_with = _rows({key: results[key] for key in ("config_hash", "git_commit") if key in results})
     trained = f"{config['steps']} × {config['episodes_per_step']} episodes"
     shown = "\n".join(line for line in run.config_text.splitlines() if not line.startswith("output:"))
@@ -75,7 +75,7 @@ def model_card(run: Run, name: str) -> str:
 
 # {name}
 
-{_code(student)}, taught to use tools by on-policy distillation from {_code(teacher)} on the task
+{_code(student)}, taught to use tools by on-policy distillation from {_code(run.teacher)} on the task
 {_code(config["task"])}: it played {trained} with real tool calls, and learned from what the teacher thought of every
 token that it sampled. Made with opd-env. Licence and limits of {_code(student)} apply.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def _context(run: Run) -> dict[str, Any]:
         "config_text": run.config_text,
         "facts": _facts(run),
         "models": models,
-        "headline": _headline(run.models),
+        "headline": _headline(run),
         "chart_groups": _charts(run),
         "phases": _phases(run.metrics),
         "behaviour": _behaviour(models),
@@ -84,7 +85,7 @@ def _context(run: Run) -> dict[str, Any]:
 def _facts(run: Run) -> list[tuple[str, str]]:
     """What was run, in few words: name and value."""
     evaluation = run.results.get("evaluation", {})
-    chosen = {**evaluation.get("settings", {}), **run.config}
+    chosen = {**evaluation.get("settings", {}), **run.config, "teacher": run.teacher}
     names = ("task", "model", "student", "teacher", "divergence", "mode", "estimator", "steps", "episodes_per_step")
     facts = {name.replace("_", " "): chosen.get(name) for name in (*names, "learning_rate", "samples", "seed")}
     facts["config hash"] = run.results.get("config_hash")
@@ -93,11 +94,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
 
 
-def _headline(models: Mapping[str, Model]) -> str:
+def _headline(run: Run) -> str:
     """One paragraph on what the run did."""
-    before, after, teacher = (models.get(key) for key in ("before", "after", "teacher"))
+    before, after = (run.models.get(key) for key in ("before", "after"))
     if before is None or after is None:
-        return "" if "evaluation" in models else "This run has not finished; this is how far it came."
+        return "" if "evaluation" in run.models else "This run has not finished; this is how far it came."
     overlap = "overlap" if before.accuracy.overlaps(after.accuracy) else "do not overlap"
     text = (
         f"Accuracy on {after.accuracy.n} held-out problems went from {percent(before.accuracy.value)} to"
@@ -108,9 +109,15 @@ def _headline(models: Mapping[str, Model]) -> str:
     if both:
         paired = compare_paired([first[key] for key in both], [second[key] for key in both])
         text += f" Problem by problem, {paired.gained} were gained and {paired.lost} lost (p = {paired.p_value:.1g})."
-    if teacher is not None and teacher.accuracy.value > 0:
-        share = after.accuracy.value / teacher.accuracy.value
-        text += f" The student reaches {100 * share:.0f} % of its teacher's {percent(teacher.accuracy.value)}."
+    alone = [teacher.accuracy.value for teacher in run.teachers]
+    if len(alone) > 1:
+        each = " and ".join(map(percent, alone))
+        text += (
+            f" Its teacher is a mixture, {run.teacher}, whose members reach {each} alone; it plays no episodes itself."
+        )
+    elif alone and alone[0] > 0:
+        share = after.accuracy.value / alone[0]
+        text += f" The student reaches {100 * share:.0f} % of its teacher's {percent(alone[0])}."
     return text
 
 
@@ -152,11 +159,9 @@ def _evaluation_dots(run: Run, field: str) -> list[Series]:
 
 
 def _teacher_line(run: Run, field: str) -> tuple[str, float] | None:
-    teacher = run.models.get("teacher")
-    if teacher is None or teacher.summary is None:
-        return None
-    rate: Rate = getattr(teacher.summary, field)
-    return ("teacher", rate.value) if rate.n else None
+    """The teacher's rate, of a mixture the highest of its members."""
+    rates = {one.title.lower(): getattr(one.summary, field) for one in run.teachers if one.summary is not None}
+    return max(((name, rate.value) for name, rate in rates.items() if rate.n), key=itemgetter(1), default=None)
 
 
 def _phases(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float]]:

@@ -43,6 +43,7 @@ class Model:
     """One evaluated model."""
 
     key: str
+    """A key of ``MODELS``; members of a mixture of teachers share one."""
     title: str
     accuracy: Rate
     summary: Summary | None
@@ -83,11 +84,21 @@ class Run:
     results: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     models: Mapping[str, Model]
-    """By key of ``results.json``, in the order of ``MODELS``."""
+    """By key of ``results.json``, in the order of ``MODELS``; then ``teacher_2`` … of a mixture of teachers."""
     evaluated: Sequence[tuple[float, Summary]]
     """Evaluations of the student by step: before, during and after training."""
     decode: Decode | None
     """Text of token ids, by the newest ``tokenizer.json`` in the folder."""
+
+    @property
+    def teachers(self) -> list[Model]:
+        """The teacher; the members of a mixture, in the order in which ``teacher`` names them."""
+        return [model for model in self.models.values() if model.key == "teacher"]
+
+    @property
+    def teacher(self) -> str:
+        """The name of the teacher, or such as ``0.7 × mathematician + 0.3 × searcher``."""
+        return mixture_text(self.results) or str(self.config.get("teacher", ""))
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:
@@ -100,7 +111,10 @@ class Run:
         results, metrics = read_json(folder / "results.json"), read_metrics(folder / "metrics.jsonl")
         if not results and not metrics:
             raise ValueError(f"{str(folder)!r} holds no results.json and no metrics.jsonl: there is nothing to report")
-        models = {key: model for key in MODELS if (model := _model(folder, key, results)) is not None}
+        entries = {key: (title, results.get(key)) for key, title in MODELS.items()}
+        for number, entry in enumerate(results.get("teachers", {}).values(), start=1):
+            entries[entry["evaluation"]] = (f"Teacher {number}", entry)
+        models = {key: model for key, entry in entries.items() if (model := _model(folder, key, *entry)) is not None}
         text = _text(folder / "config.yaml")
         return cls(
             name=folder.resolve().name,
@@ -152,8 +166,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _model(folder: Path, key: str, results: Mapping[str, Any]) -> Model | None:
-    entry = results.get(key)
+def mixture_text(results: Mapping[str, Any]) -> str:
+    """Weights and members of the mixture of teachers that ``results.json`` tells of; empty when there is none."""
+    return " + ".join(f"{entry['weight']:g} × {name}" for name, entry in results.get("teachers", {}).items())
+
+
+def _model(folder: Path, key: str, title: str, entry: Any) -> Model | None:
     if not isinstance(entry, dict) or entry.get("accuracy") is None:
         return None
     low, high = entry["accuracy_ci"]
@@ -161,8 +179,8 @@ def _model(folder: Path, key: str, results: Mapping[str, Any]) -> Model | None:
     place = folder if key == "evaluation" else folder / "evaluations" / key
     files = [place / name for name in ("trajectories.jsonl", "trajectories.parquet") if (place / name).exists()]
     return Model(
-        key=key,
-        title=MODELS[key],
+        key=key.partition("_")[0],
+        title=title,
         accuracy=accuracy,
         summary=Summary.from_json(entry) if set(entry) >= REQUIRED else None,
         label=str(read_json(place / "results.json").get("evaluation", {}).get("label", "")),

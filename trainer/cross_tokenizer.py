@@ -92,7 +92,7 @@ class CrossTokenizerTeacher:
         device: torch.device | None = None,
     ) -> None:
         self.name = loaded.name
-        self.chat = get_format(loaded.tokenizer)
+        self.chat = get_format(loaded.tokenizer, repair=student_chat.repair)
         self._same_calls = self.chat.name == student_chat.name
         if not self._same_calls:
             student_chat.describe_tools([user("?")], [])

@@ -57,10 +57,14 @@ class HeldOut:
 
     def of_teachers(self) -> dict[str, Any]:
         """Evaluates the teacher, and each other one of its mixture: what ``results.json`` tells of them."""
-        config, found = self._config, {}
-        for number, (name, member) in enumerate(self._parts.teachers.members.items(), start=1):
-            with member.player(self._parts.teachers.chat, config.concurrent_episodes) as engine:
-                found[name] = self.evaluate(TEACHER if number == 1 else f"{TEACHER}_{number}", engine, name)
+        config, teachers = self._config, self._parts.teachers
+        found = {}
+        for number, (name, member) in enumerate(teachers.members.items(), start=1):
+            folder = TEACHER if number == 1 else f"{TEACHER}_{number}"
+            with member.player(teachers.chat, config.concurrent_episodes) as engine:
+                found[name] = self.evaluate(folder, engine, name)
+            if config.teacher_mixture:
+                found[name] |= {"weight": config.teacher_mixture[name], "evaluation": folder}
         return {"teacher": found[config.teacher]} | ({"teachers": found} if len(found) > 1 else {})
 
     def during(self, engine: Engine, step: int) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from opd_env.report_run import mixture_text
 from opd_env.trajectory import Trajectory
 from opd_env.transcript import Decode, transcript
 
@@ -24,17 +26,22 @@ _METRICS = {
 }
 
 
-def before_after_table(results: Mapping[str, Any]) -> Table:
-    """Student before and after training beside the teacher, each with its 95 % interval."""
+def before_after_table(results: Mapping[str, Any]) -> Group:
+    """Student before and after training beside the teacher or teachers, each with its 95 % interval."""
     title = f"{results['after']['n']} held-out problems, with 95 % intervals"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_style="", title_justify="left")
+    columns = {"student before": results["before"], "student after": results["after"], "teacher": results["teacher"]}
+    if members := results.get("teachers", {}):
+        del columns["teacher"]
+        columns |= {f"teacher {number}": entry for number, entry in enumerate(members.values(), start=1)}
     table.add_column("")
-    for name in ("student before", "student after", "teacher"):
+    for name in columns:
         table.add_column(name, justify="right")
     for key, label in _METRICS.items():
         if key in results["after"]:
-            table.add_row(label, *(_rate(results[name], key) for name in ("before", "after", "teacher")))
-    return table
+            table.add_row(label, *(_rate(entry, key) for entry in columns.values()))
+    told = f"teachers 1 to {len(members)} alone; they teach as {mixture_text(results)}, which plays no episodes"
+    return Group(table, *([Text(told)] if members else []))
 
 
 _STYLES = dict.fromkeys(("prompt", "scaffold", "history"), "dim")

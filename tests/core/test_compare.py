@@ -144,9 +144,15 @@ def test_a_run_folder_stands_for_its_last_evaluation(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_stands_for_its_latest_checkpoint(tmp_path: Path) -> None:
-    for name in ("before", "step_00000002", "step_00000010", "teacher"):
+    for name in ("before", "step_00000002", "step_00000010", "teacher", "teacher_2"):
         write_evaluation(tmp_path / "run" / "evaluations" / name, played(True))
     assert read_side(tmp_path / "run").name.endswith("(step 10)")
+
+
+def test_a_run_without_a_checkpoint_stands_for_the_student_before_it_and_for_no_teacher(tmp_path: Path) -> None:
+    for name in ("before", "teacher", "teacher_2"):
+        write_evaluation(tmp_path / "evaluations" / name, played(True))
+    assert read_side(tmp_path).name.endswith("(before)")
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,22 @@ def assert_self_contained(html: str, page: Page) -> None:
     assert "default-src 'none'" in html
 
 
+def test_a_mixture_of_teachers_shows_each_member_alone_and_says_so(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    first = results["teacher"] | {"weight": 0.75, "evaluation": "teacher"}
+    second = write_evaluation(run / "evaluations" / "teacher_2", make_trajectories(60, 0.5))
+    results["teachers"] = {"lab/mathematician": first, "searcher": second | {"weight": 0.25, "evaluation": "teacher_2"}}
+    (run / "results.json").write_text(json.dumps(results))
+    html, page = report(run)
+    assert_self_contained(html, page)
+    each = " and ".join(f"{100 * one['accuracy']:.1f} %" for one in (first, second))
+    sentence = f"a mixture, 0.75 × lab/mathematician + 0.25 × searcher, whose members reach {each} alone; it plays no"
+    assert sentence in " ".join(page.text.split())
+    assert html.count('class="lane teacher"') == 2 * html.count('class="lane before"')
+    assert "Teacher 1" in page.text
+    assert "Teacher 2" in page.text
+
+
 def test_a_finished_run_shows_numbers_curves_and_episodes(run: Path) -> None:
     html, page = report(run)
     assert_self_contained(html, page)

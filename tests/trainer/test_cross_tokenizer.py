@@ -19,6 +19,7 @@ from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.cross_tokenizer import CrossTokenizerTeacher
 from opd_env.trainer.lookup import ExampleLookup
 from opd_env.trainer.objective import OPDObjective, sums_by_span
+from opd_env.trainer.setup import make_parts
 from opd_env.trainer.teachers import LocalTeacher
 from opd_env.trainer.update import Updater
 from tests.core.families import family_tokenizer
@@ -193,6 +194,16 @@ def test_a_run_with_a_teacher_of_another_family_goes_through(tmp_path):
     results = OPDTrainer(config, student=loaded(1, spread=0.02), teacher=teacher).train()
     assert results["steps"] == 2
     assert results["teacher"]["n"] == 2
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_the_teachers_own_episodes_are_read_with_the_repairs_of_the_run(tmp_path, repair):
+    tokenizer = family_tokenizer("Llama 3")
+    teacher = LoadedModel(tiny_llama(seed=3, vocab_size=len(tokenizer)), tokenizer, "other")
+    config = toy_config(tmp_path, estimator="sampled", cross_tokenizer=True, repair_calls=repair)
+    chat = make_parts(config, torch.device("cpu"), student=loaded(1), teacher=teacher).teachers.chat
+    (call,) = chat.parse(chat.render_turn("{'name': 'calculator', 'parameters': {}}")).calls or (None,)
+    assert (call is not None and call.repairs == ("single quotes",)) == repair
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from opd_env.cli.tables import before_after_table
 from opd_env.configuration import ConfigError
 from opd_env.trainer.divergences import get_divergence
 from opd_env.trainer.loop import OPDTrainer
@@ -196,6 +197,11 @@ def test_a_run_learns_from_the_mixture_and_evaluates_each_member(tmp_path: Path,
     for name in ("teacher", "teacher_2"):
         stored = json.loads((tmp_path / "mixed" / "evaluations" / name / "results.json").read_text())
         assert stored["evaluation"]["n"] == 2
+    console = Console(file=StringIO(), width=400)
+    console.print(before_after_table(results))
+    page = (tmp_path / "mixed" / "report.html").read_text()
+    for shown, words in ((console.file.getvalue(), "teacher {}"), (page, "Teacher {}")):
+        assert all(word in shown for word in (f" 0.5 × teacher + 0.5 × {other}, wh", words.format(1), words.format(2)))
     found = [student_of(run)]
     for name, mixture in (("one", {}), ("twice", {"teacher": 1.0})):
         again = trainer(tmp_path / name, teacher_mixture=mixture, **settings)
