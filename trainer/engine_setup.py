@@ -4,7 +4,7 @@ Worked example::
 
     engine = make_engine(config, student, chat, weights_folder)     # config.engine: local, vllm, or URLs
     update_engine(engine, student.model, accelerator)
-    require_same_policy(engine, student, chat)                      # or: one sentence on what differs
+    require_same_policy(engine, student, chat, accelerator)         # or: one sentence on what differs
 
 Test it alone: ``pytest tests/trainer/test_engine_setup.py``
 """
@@ -22,7 +22,7 @@ from opd_env.local_engine import LocalEngine
 from opd_env.models import LoadedModel
 from opd_env.server_probe import probe_servers, probe_vllm
 from opd_env.trainer.config import OPDConfig
-from opd_env.trainer.processes import on_main
+from opd_env.trainer.processes import on_each, on_main
 from opd_env.vllm_engine import VLLMEngine
 
 
@@ -52,7 +52,8 @@ def make_engine(config: OPDConfig, student: LoadedModel, chat: ChatFormat, weigh
 def update_engine(engine: Engine, model: Any, accelerator: Any) -> None:
     """Gives the engine new weights. Every process calls it, with its rollout ended.
 
-    Servers are shared by all processes: the main one gives them the weights once, while none samples.
+    Servers are shared by all processes: the main one gives them the weights once, while none samples. A vLLM in the
+    process gets the process's own weights, which are whole under every kind of parallelism.
 
     Args:
         engine: idle.
@@ -77,13 +78,13 @@ def update_engine(engine: Engine, model: Any, accelerator: Any) -> None:
             engine.follow(served)
 
 
-def require_same_policy(engine: Engine, student: LoadedModel, chat: ChatFormat) -> None:
-    """Refuses a vLLM that does not sample from the student as it is here.
+def require_same_policy(engine: Engine, student: LoadedModel, chat: ChatFormat, accelerator: Any) -> None:
+    """Refuses a vLLM that does not sample from the student as it is here. Every process calls it.
 
     Raises:
         UserError: what differs, and what to do.
     """
     if isinstance(engine, HttpEngine):
-        probe_servers(engine.client, chat, student.model)
+        on_main(accelerator, lambda: probe_servers(engine.client, chat, student.model))
     if isinstance(engine, VLLMEngine):
-        probe_vllm(engine, chat, student.model)
+        on_each(lambda: probe_vllm(engine, chat, student.model))

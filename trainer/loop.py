@@ -15,8 +15,6 @@ One step:
 
 With ``rollout_ahead``, step t + 1 is rolled out while step t is scored and updated; see ``step_rollouts``.
 
-What this loop does not do: a vLLM inside each of several processes. They sample with vLLM servers.
-
 Test it alone: ``pytest tests/trainer/test_loop.py``
 """
 
@@ -30,7 +28,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from opd_env.configuration import ConfigError, to_dict
+from opd_env.configuration import to_dict
 from opd_env.engine import Engine
 from opd_env.evaluation import installed_versions
 from opd_env.models import LoadedModel
@@ -99,11 +97,6 @@ class OPDTrainer:
             seed=config.seed,
         )
         self.learner = Learner(config, self.parts, self.updater, self.problems)
-        if config.engine == "vllm" and self.accelerator.num_processes > 1:
-            raise ConfigError(
-                "engine=vllm runs inside one process, and several would each need a vLLM beside the student on their "
-                "device; start one process, name vLLM servers (engine: URL), or set engine=local"
-            )
         self.engine: Engine = make_engine(
             config, self.parts.student, self.parts.chat, self.folder.path / "engine_weights"
         )
@@ -139,7 +132,7 @@ class OPDTrainer:
             progress = self._continue()
             started = time.perf_counter()
             self._update_engine()
-            on_main(self.accelerator, lambda: require_same_policy(self.engine, self.parts.student, self.parts.chat))
+            require_same_policy(self.engine, self.parts.student, self.parts.chat, self.accelerator)
             if progress is None:
                 results = self._start()
                 warm_start(config, self.parts, self.updater, self.display)

@@ -1,8 +1,9 @@
-"""What one process does for all, and what they then all know.
+"""What one process does for all, or each for itself, and what they then all know.
 
 Worked example::
 
     on_main(accelerator, lambda: checkpoints.save(step, files))      # every process calls it
+    on_each(lambda: probe_vllm(engine, chat, model))                 # so does this
 
 A bare barrier would leave the others waiting, for as long as the time-out of a collective, when the one that works
 raises; here all of them learn how it went and end together.
@@ -32,17 +33,28 @@ def on_main(accelerator: Any, function: Callable[[], Result]) -> Result:
     Raises:
         TrainingError: it failed in the main process, which raises the error itself.
     """
-    outcome: list[tuple[Any, str]] = []
+    return on_each(lambda: function() if accelerator.is_main_process else None)[0]  # type: ignore[return-value]
+
+
+def on_each(function: Callable[[], Result]) -> list[Result]:
+    """Calls ``function`` in every process; returns what it returned in each of them, in every process.
+
+    Args:
+        function: its result can be pickled.
+
+    Raises:
+        TrainingError: it failed in another process; where it failed, the error itself.
+    """
+    outcome: tuple[Any, str] = None, ""
     error = None
-    if accelerator.is_main_process:
-        try:
-            outcome = [(function(), "")]
-        except Exception as raised:
-            error, outcome = raised, [(None, f"{type(raised).__name__}: {raised}")]
-    everyone: list[tuple[Result, str]] = gather_object(outcome)
-    result, failure = everyone[0]
+    try:
+        outcome = function(), ""
+    except Exception as raised:
+        error, outcome = raised, (None, f"{type(raised).__name__}: {raised}")
+    everyone: list[tuple[Result, str]] = gather_object([outcome])
     if error is not None:
         raise error
-    if failure:
-        raise TrainingError(f"the main process failed: {failure}")
-    return result
+    for number, (_, failure) in enumerate(everyone):
+        if failure:
+            raise TrainingError(f"{f'process {number}' if number else 'the main process'} failed: {failure}")
+    return [result for result, _ in everyone]

@@ -20,7 +20,7 @@ from opd_env.tasks import Task, load_task, require_trainable
 from opd_env.tools import Toolbox
 from opd_env.tools.mcp import register_mcp_servers
 from opd_env.tools.ray_workers import connect_ray
-from opd_env.trainer.config import LoRASettings, OPDConfig, TeacherEngine
+from opd_env.trainer.config import LoRASettings, OPDConfig
 from opd_env.trainer.make_teachers import Single, Teachers, make_teachers
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -126,8 +126,8 @@ def make_accelerator(config: OPDConfig) -> Any:
         raise ConfigError(
             f"accelerate is set up for mixed precision {accelerator.mixed_precision}; expected no or bf16"
         )
-    if config.teacher_engine is TeacherEngine.VLLM and accelerator.num_processes > 1:
-        raise ConfigError("teacher_engine=vllm scores for one process; start one, or name vLLM servers as the teacher")
+    if accelerator.num_processes > 1:
+        _require_whole_vllm(config)
     problems = config.episodes_per_step // config.samples_per_problem
     if problems < accelerator.num_processes:
         raise ConfigError(
@@ -135,6 +135,19 @@ def make_accelerator(config: OPDConfig) -> Any:
             "episodes_per_step"
         )
     return accelerator
+
+
+def _require_whole_vllm(config: OPDConfig) -> None:
+    """Refuses one vLLM over several training processes: they play different episodes, and it would wait for all."""
+    if "vllm" not in (config.engine, config.teacher_engine):
+        return
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        size = config.vllm_options.get(name, 1)
+        if size != 1:
+            raise ConfigError(
+                f"vllm_options: {name}={size}, but each training process has a vLLM of its own, on its own device; "
+                "leave it out, or name a vLLM server over several devices (engine: URL, teacher: URL)"
+            )
 
 
 def _require_zero(settings: Any) -> None:

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
 from opd_env.engine import Engine, SamplingParams
@@ -103,7 +104,8 @@ class StepRollouts:
             yield
             return
         cancel = threading.Event()
-        with ThreadPoolExecutor(1, thread_name_prefix="opd-env-rollout") as thread:
+        device = self._updater.accelerator.device
+        with ThreadPoolExecutor(1, "opd-env-rollout", initializer=_compute_on, initargs=(device,)) as thread:
             future = thread.submit(self.play, step, self._updater.updates, cancel)
             try:
                 yield
@@ -182,3 +184,9 @@ class StepRollouts:
         process = self._updater.accelerator.process_index
         name = f"step_{step + 1:08d}" + (f"_process_{process}" if process else "")
         return TrajectoryWriter(self._folder, name, overwrite=True)
+
+
+def _compute_on(device: torch.device) -> None:
+    """A new thread begins on device 0 also where the process computes on another; kernels of vLLM go to that."""
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)

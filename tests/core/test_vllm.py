@@ -4,13 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -38,6 +31,7 @@ from opd_env.tasks import load_task
 from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.loop import OPDTrainer
 from opd_env.trainer.metrics import read_metrics
+from tests.core.vllm_server import Server
 
 pytestmark = [
     pytest.mark.vllm,
@@ -162,63 +156,11 @@ def test_an_evaluation_by_vllm_equals_the_local_one(tmp_path: Path) -> None:
     assert played[0] == played[1]
 
 
-class Server:
-    """``vllm serve`` of the packaged student."""
-
-    def __init__(self, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{self.port}", log
-
-    def start(self) -> None:
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(PACKAGED / "student"),
-            "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port),
-            "--max-model-len", "512", "--block-size", "32",
-        ]  # fmt: skip
-        environment = os.environ | {
-            "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-        }  # fmt: skip
-        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-    def wait(self) -> None:
-        client = HttpClient([self.url])
-        for _ in range(600):
-            if self.process.poll() is not None:
-                break
-            try:
-                client.ask(self.url, "/health", timeout_s=2)
-            except Exception:
-                time.sleep(0.5)
-            else:
-                return
-        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    one = Server(tmp_path_factory.mktemp("vllm") / "server.log")
-    one.start()
-    try:
-        one.wait()
-        yield one
-    finally:
-        one.kill()
-
-
 def test_a_server_passes_the_probe_and_samples_scores_and_takes_new_weights(
-    server: Server, student: Any, tmp_path: Path
+    vllm_server: Server, student: Any, tmp_path: Path
 ) -> None:
     chat = get_format(student.tokenizer)
-    client = HttpClient([server.url], tries=20, patience_s=500)
+    client = HttpClient([vllm_server.url], tries=20, patience_s=500)
     probe_servers(client, chat, student.model)
     engine = HttpEngine(client, chat.stop_token_ids, chat.vocab_size, tmp_path)
     first = play(engine, chat)
@@ -233,7 +175,7 @@ def test_a_server_passes_the_probe_and_samples_scores_and_takes_new_weights(
     probe_servers(client, chat, new)
     assert gap(new, play(engine, chat)) < TOLERANCE
     # Killed and started again it has its first weights, and must get the new ones before it samples.
-    server.kill()
-    server.start()
+    vllm_server.kill()
+    vllm_server.start()
     assert gap(new, play(engine, chat, seed=2)) < TOLERANCE
     engine.close()

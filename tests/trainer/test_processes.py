@@ -2,12 +2,16 @@
 
 import json
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from opd_env.configuration import ConfigError
 from opd_env.models import load_model
+from opd_env.trainer.processes import on_each
 from opd_env.trainer.setup import make_accelerator
 from tests.core.fake_vllm import FakeVLLM
 from tests.trainer.test_distributed import launch, launcher_environment
@@ -98,13 +102,42 @@ def test_an_error_of_one_process_ends_both_with_its_message(tmp_path, kind):
         assert b"'NoneType' object is not callable" in text
 
 
-def test_vllm_inside_each_of_several_processes_is_refused_with_the_reason(tmp_path, monkeypatch):
+def test_what_each_process_does_is_known_to_all_and_so_is_an_error_of_one(monkeypatch):
+    meet, outcomes = threading.Barrier(2), {}
 
-    def several(config):
-        accelerator = make_accelerator(config)
-        monkeypatch.setattr(type(accelerator), "num_processes", 2)
-        return accelerator
+    def gathered(mine):
+        outcomes[threading.get_ident()] = mine
+        meet.wait(10)
+        found = [outcomes[one] for one in threads]
+        meet.wait(10)
+        return [one for theirs in found for one in theirs]
 
-    monkeypatch.setattr("opd_env.trainer.loop.make_accelerator", several)
-    with pytest.raises(ConfigError, match=r"engine=vllm runs inside one process.*engine: URL"):
-        trainer_of(toy_config(tmp_path / "run", engine="vllm"))
+    def run(rank, fails):
+        threads[rank] = threading.get_ident()
+        meet.wait(10)
+        try:
+            return on_each(lambda: rank if rank not in fails else 1 // 0)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    monkeypatch.setattr("opd_env.trainer.processes.gather_object", gathered)
+    threads = [0, 0]
+    division = "ZeroDivisionError: integer division or modulo by zero"
+    with ThreadPoolExecutor(2) as pool:
+        for fails, expected in (
+            ((), [[0, 1], [0, 1]]),
+            ((1,), [f"TrainingError: process 1 failed: {division}", division]),
+            ((0,), [division, f"TrainingError: the main process failed: {division}"]),
+            ((0, 1), [division, division]),
+        ):
+            assert list(pool.map(run, (0, 1), (fails, fails))) == expected
+
+
+def test_one_vllm_over_several_processes_is_refused_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    for settings in ({"engine": "vllm"}, {"teacher_engine": "vllm"}):
+        config = toy_config(tmp_path / "run", estimator="sampled", **settings)
+        make_accelerator(config)
+        config = replace(config, vllm_options={"tensor_parallel_size": 2})
+        with pytest.raises(ConfigError, match=r"tensor_parallel_size=2, but each training process has a vLLM of its"):
+            make_accelerator(config)

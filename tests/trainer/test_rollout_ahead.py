@@ -84,6 +84,19 @@ def test_every_step_but_the_first_is_sampled_by_the_student_of_one_step_before(f
     assert any(not torch.equal(value, students[1][name]) for name, value in students[0].items())
 
 
+def test_the_thread_computes_on_the_device_of_its_process(tmp_path, monkeypatch):
+    """A new thread would begin on device 0."""
+    chosen = []
+    monkeypatch.setattr("torch.accelerator.set_device_index", lambda index: chosen.append((index, threads())))
+    trainer = trainer_of(ahead_config(tmp_path / "run"))
+    monkeypatch.setattr(trainer.rollouts, "play", lambda *_: chosen.append(threading.current_thread().name))
+    for device in ("cpu", "cuda:1"):
+        monkeypatch.setattr(type(trainer.accelerator), "device", torch.device(device))
+        with trainer.rollouts.ahead(1):
+            pass
+    assert chosen == ["opd-env-rollout_0", (1, ["opd-env-rollout_0"]), "opd-env-rollout_0"]
+
+
 def test_staleness_and_ratios_are_in_the_metrics(finished):
     rows = [row for row in read_metrics(Path(finished[0].output) / "metrics.jsonl") if "train/loss" in row]
     assert [row["train/staleness"] for row in rows] == [0, 1, 1, 1]

@@ -22,7 +22,6 @@ from opd_env.trainer import loop
 from opd_env.trainer.loop import OPDTrainer
 from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.server_teacher import VLLMTeacher
-from opd_env.trainer.setup import make_accelerator
 from opd_env.trainer.teachers import LocalTeacher, TopKTeacher
 from opd_env.vllm_engine import VLLMEngine
 from tests.core.fake_vllm import FakeLLM, fake_module
@@ -168,12 +167,18 @@ def test_a_loaded_model_is_not_passed_over_in_silence(tmp_path: Path) -> None:
         trainer(tmp_path, loaded(2, "teacher"), teacher_engine="vllm")
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import accelerate
-
-    monkeypatch.setattr(accelerate.Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(ConfigError, match="teacher_engine=vllm scores for one process"):
-        make_accelerator(toy_config(tmp_path, estimator="sampled", teacher_engine="vllm"))
+def test_a_vllm_beside_others_takes_over_their_group_and_one_alone_does_not(
+    tmp_path: Path, vllm: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = saved(tmp_path, 5)
+    teacher_of(name)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    teacher_of(name)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    teacher_of(name)
+    backends = [one.options.get("distributed_executor_backend") for one in vllm.made]
+    assert backends == [None, None, "external_launcher"]
 
 
 @pytest.mark.parametrize(
