@@ -29,8 +29,9 @@ import numpy as np
 from opd_env.chat_server import ChatServer, ContextFull, NativeCall, Reply, ServerFault, ServerRefused
 from opd_env.engine import SamplingParams
 from opd_env.env import PlayedCall, ToolEnv
+from opd_env.episode_play import episode_seed
 from opd_env.limits import RolloutLimits
-from opd_env.rollouts import EpisodeError, episode_seed
+from opd_env.rollouts import EpisodeError
 from opd_env.tasks import Task
 from opd_env.tools import Tool, ToolErrorKind
 from opd_env.trajectory import CallRecord, StopReason, Trajectory, TurnRecord

@@ -15,24 +15,23 @@ Test it alone: ``pytest tests/core/test_rollouts.py``
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from opd_env.engine import Completion, Engine, Request, SamplingParams
+from opd_env.engine import Completion, Engine, SamplingParams
 from opd_env.env import ToolEnv
-from opd_env.episode import EpisodeRecorder
+from opd_env.episode_play import EpisodePlay
 from opd_env.formats import ChatFormat, ParsedTurn
 from opd_env.limits import RolloutLimits
-from opd_env.tasks import Example, Task
-from opd_env.tools import Tool, Toolbox, ToolErrorKind
-from opd_env.trajectory import StopReason, Trajectory
+from opd_env.tasks import Task
+from opd_env.tools import Tool, Toolbox
+from opd_env.trajectory import Trajectory
 
 _LOOK_AGAIN_S = 0.1
 """While nothing but tools runs: how often to see whether the rollout was cancelled."""
@@ -70,24 +69,6 @@ class RolloutResult:
     def sampled_tokens(self) -> int:
         """Tokens that the student chose."""
         return sum(trajectory.num_sampled for trajectory in self.trajectories)
-
-
-@dataclass
-class _Episode:
-    key: int
-    index: int
-    sample: int
-    seed: int
-    env: ToolEnv
-    example: Example
-    recorder: EpisodeRecorder
-    started: float
-    submitted: float = 0.0
-    sampling: bool = False
-    """A turn is under way in the engine."""
-    cut: bool = False
-    """The engine was told to end the turn, for the episode's time is up."""
-    turn: int = 0
 
 
 def rollout(
@@ -166,8 +147,8 @@ class _Rollout:
         self.finished: dict[int, Trajectory] = {}
         self.unreported: list[Trajectory] = []
         self.errors: list[EpisodeError] = []
-        self.live: dict[int, _Episode] = {}
-        self.playing: dict[Future[Any], tuple[_Episode, ParsedTurn, float]] = {}
+        self.live: dict[int, EpisodePlay] = {}
+        self.playing: dict[Future[Any], tuple[EpisodePlay, ParsedTurn, float]] = {}
         self.idle_envs: list[ToolEnv] = []
         self.generate_seconds = self.tool_seconds = 0.0
 
@@ -224,25 +205,19 @@ class _Rollout:
             if self.idle_envs
             else ToolEnv(self.task, self.tools, limits=self.limits, parse=self.chat.parse_text)
         )
-        _, info = env.reset(options={"index": index})
-        example: Example = info["example"]
-        seed = episode_seed(self.seed, example.id, sample)
-        recorder = EpisodeRecorder(self.chat, info["messages"], info["tools"])
-        episode = _Episode(key, index, sample, seed, env, example, recorder, time.perf_counter())
+        episode = EpisodePlay(env, self.chat, index, sample=sample, seed=self.seed, sampling=self.sampling, key=key)
         self.live[key] = episode
-        self._guard(episode, self._ask)
+        self._guard(episode, self._go_on)
 
-    def _ask(self, episode: _Episode) -> None:
-        """Queues the next turn, or ends the episode when no room is left for one."""
-        room = self.limits.max_tokens - episode.recorder.context_length
-        if room < 1:
-            self._cut(episode, StopReason.EPISODE_LENGTH)
-            return
-        params = replace(self.sampling, max_tokens=min(room, self.limits.max_turn_tokens))
-        # A turn has at most max_tokens random numbers; turns of one episode must not share them.
-        seed = episode.seed * 1_000_003 + episode.turn
-        episode.submitted, episode.sampling = time.perf_counter(), True
-        self.engine.submit(Request(episode.key, episode.recorder.context, params, seed))
+    def _go_on(self, episode: EpisodePlay) -> None:
+        """Queues the episode's next turn, or takes leave of it."""
+        request = episode.ask()
+        if request is not None:
+            self.engine.submit(request)
+        elif episode.trajectory is not None:
+            self._close(episode)
+            self.finished[episode.key] = episode.trajectory
+            self.unreported.append(episode.trajectory)
 
     def _cut_overdue(self) -> None:
         """Ends turns that are being sampled when their episode's time is up: its slowest episode bounds a rollout."""
@@ -251,22 +226,10 @@ class _Rollout:
                 episode.cut = True
                 self.engine.cut(episode.key)
 
-    def _turn_sampled(self, episode: _Episode, completion: Completion, pool: ThreadPoolExecutor | None) -> None:
-        now = time.perf_counter()
-        episode.turn += 1
-        episode.sampling = False
-        parsed = episode.recorder.sampled(
-            completion.token_ids,
-            completion.logprobs,
-            truncated=completion.truncated,
-            seconds=now - episode.submitted,
-        )
-        if completion.truncated:
-            if episode.recorder.context_length >= self.limits.max_tokens:
-                self._cut(episode, StopReason.EPISODE_LENGTH)
-            else:
-                short = len(completion.token_ids) < self.limits.max_turn_tokens
-                self._cut(episode, StopReason.TIME if episode.cut and short else StopReason.TURN_LENGTH)
+    def _turn_sampled(self, episode: EpisodePlay, completion: Completion, pool: ThreadPoolExecutor | None) -> None:
+        parsed, now = episode.sampled(completion), time.perf_counter()
+        if parsed is None:
+            self._go_on(episode)
         elif pool is None or not parsed.calls:
             result = episode.env.step(parsed.text)
             self._turn_played(episode, parsed, lambda: result, time.perf_counter() - now)
@@ -275,38 +238,13 @@ class _Rollout:
             self.playing[future] = (episode, parsed, now)
             future.add_done_callback(lambda _: self.engine.wake())
 
-    def _turn_played(self, episode: _Episode, parsed: ParsedTurn, outcome: Callable[[], Any], seconds: float) -> None:
-        _, _, terminated, truncated, info = outcome()
+    def _turn_played(
+        self, episode: EpisodePlay, parsed: ParsedTurn, outcome: Callable[[], Any], seconds: float
+    ) -> None:
+        *_, info = outcome()
         self.tool_seconds += seconds
-        broken = [played.result for played in info["calls"] if played.result.error is ToolErrorKind.SANDBOX]
-        if broken:
-            raise RuntimeError(f"tool {broken[0].name!r} failed by no fault of the student: {broken[0].content}")
-        episode.recorder.played(parsed, info["calls"], seconds)
-        if terminated or truncated:
-            self._end(episode, info["stop_reason"], info["answer"], info["grade"])
-        elif episode.recorder.answered(info["messages"], self.limits.max_tokens):
-            self._ask(episode)
-        else:
-            self._cut(episode, StopReason.EPISODE_LENGTH)
-
-    def _cut(self, episode: _Episode, reason: StopReason) -> None:
-        """Ends an episode because a budget of tokens or its time ran out."""
-        self._end(episode, reason, None, episode.env.truncate(reason))
-
-    def _end(self, episode: _Episode, reason: StopReason, answer: str | None, grade: Any) -> None:
-        trajectory = episode.recorder.finish(
-            episode.example,
-            grade,
-            reason,
-            answer,
-            task=self.task.name,
-            sample=episode.sample,
-            seed=self.seed,
-            seconds=time.perf_counter() - episode.started,
-        )
-        self._close(episode)
-        self.finished[episode.key] = trajectory
-        self.unreported.append(trajectory)
+        episode.played(parsed, info, seconds)
+        self._go_on(episode)
 
     def _report(self) -> None:
         """Hands over what has finished; outside ``_guard``, so that a full disk is not taken for a bad episode."""
@@ -315,12 +253,12 @@ class _Rollout:
             for trajectory in finished:
                 self.on_finished(trajectory)
 
-    def _close(self, episode: _Episode) -> None:
+    def _close(self, episode: EpisodePlay) -> None:
         self.engine.release(episode.key)
         if self.live.pop(episode.key, None) is not None:
             self.idle_envs.append(episode.env)
 
-    def _guard(self, episode: _Episode, action: Callable[..., None], *args: Any) -> None:
+    def _guard(self, episode: EpisodePlay, action: Callable[..., None], *args: Any) -> None:
         """Turns a failure of the kit into a counted error of one episode; under pytest it is raised."""
         try:
             action(episode, *args)
@@ -329,7 +267,7 @@ class _Rollout:
                 raise
             self._fail(episode, f"{type(error).__name__}: {error}")
 
-    def _fail(self, episode: _Episode, message: str) -> None:
+    def _fail(self, episode: EpisodePlay, message: str) -> None:
         self._close(episode)
         self.errors.append(EpisodeError(episode.example.id, episode.sample, message))
 
@@ -342,9 +280,3 @@ def _numbered(indices: Iterable[int], samples: int) -> list[tuple[int, int]]:
         pairs += [(index, seen[index] + sample) for sample in range(samples)]
         seen[index] += samples
     return pairs
-
-
-def episode_seed(seed: int, example_id: str, sample: int) -> int:
-    """A 63-bit seed that depends on nothing but the run's seed, the example and the sample's number."""
-    digest = hashlib.sha256(f"{seed}/{example_id}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

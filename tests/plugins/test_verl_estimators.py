@@ -1,8 +1,7 @@
-"""The plug-in against verl's own functions: what its trainer would compute from our registrations."""
+"""Estimators against verl's own functions: what its trainer would compute from our registrations."""
 
 from __future__ import annotations
 
-import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("verl", reason="needs verl: pip install 'opd-env[verl]' (in an environment of its own)")
+pytest.importorskip("verl", reason="needs verl: make test-verl")
 
 from verl.protocol import DataProto
-from verl.tools.tool_registry import initialize_tools_from_config
 from verl.trainer.distillation import losses as verl_losses
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import apply_kl_penalty, compute_advantage
 
-from opd_env.plugins import verl as plugin
+import opd_env.plugins.verl.estimators as plugin
 from opd_env.trainer.advantages import advantage
 from opd_env.trainer.divergences import list_divergences
 
@@ -89,24 +87,3 @@ def test_settings_that_would_bias_the_update_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"needs use_policy_gradient=true .* and loss_max_clamp=null"):
         distilled("jsd", "opd_plus", monkeypatch, **changes)
-
-
-def test_verl_makes_and_calls_our_tools_from_its_configuration(tmp_path: Any) -> None:
-    file = tmp_path / "tools.yaml"
-    file.write_text(
-        "tools:\n  - class_name: opd_env.plugins.verl.VerlTool\n    config: {type: native, name: calculator}\n"
-    )
-    (tool,) = initialize_tools_from_config(str(file))
-    assert tool.tool_schema.function.parameters.required == ["expression"]
-
-    async def play() -> list[Any]:
-        episode, _ = await tool.create()
-        answers = [await tool.execute(episode, arguments) for arguments in ({"expression": "6*7"}, {"expresion": "1"})]
-        await tool.release(episode)
-        return answers
-
-    (right, _, metrics), (wrong, _, problem) = asyncio.run(play())
-    assert right.text == "42"
-    assert metrics == {"error": ""}
-    assert problem == {"error": "schema"}
-    assert "expression" in wrong.text
