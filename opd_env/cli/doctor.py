@@ -1,6 +1,7 @@
 """``opd-env doctor``: what this machine can do, and what to install for the rest.
 
-``opd-env doctor --format MODEL`` examines a model's chat template instead; nothing but its tokenizer is loaded.
+``opd-env doctor --format MODEL`` examines a model's chat template instead, and which formats may be chosen for it;
+``--chat_format NAME`` examines that one. Nothing but the tokenizer is loaded.
 
 Test it alone: ``pytest tests/core/test_cli.py``
 """
@@ -12,6 +13,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from opd_env.cli.arguments import ArgumentParser
 
@@ -34,7 +36,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Prints the findings; 1 when a model's format fails a check."""
     parser = ArgumentParser(prog=f"opd-env {command}", description="Says what this machine can do.")
     parser.add_argument("--format", metavar="MODEL", help="examine the chat template of a hub model or folder")
-    model = parser.parse_args(list(arguments)).format
+    parser.add_argument("--chat_format", metavar="NAME", help="with --format: examine this format, not the one found")
+    chosen = parser.parse_args(list(arguments))
+    if chosen.chat_format is not None and chosen.format is None:
+        parser.error("--chat_format is examined on a model's tokenizer: give --format MODEL too")
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -42,27 +47,39 @@ def run(command: str, arguments: Sequence[str]) -> int:
     table = Table(box=None, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    findings, code = (list(_findings()), 0) if model is None else _examine(model)
+    findings, code = (list(_findings()), 0) if chosen.format is None else _examine(chosen.format, chosen.chat_format)
     for name, finding in findings:
         table.add_row(name, Text(finding))
     Console().print(table)
     return code
 
 
-def _examine(model: str) -> tuple[list[tuple[str, str]], int]:
-    """Rows of the table, and the exit code. A template that is not append-only is told of, and is no failure."""
-    from opd_env.formats import get_format
-    from opd_env.formats.check import check_format
+def _examine(model: str, name: str | None) -> tuple[list[tuple[str, str]], int]:
+    """Rows of the table, and the exit code. A template that is not append-only is told of, and is no failure.
+
+    Without a name, rows on every format that could be chosen instead follow those on the one that is found.
+    """
+    from opd_env.formats import format_named, get_format
+    from opd_env.formats.check import Finding, check_format, check_formats
     from opd_env.models import load_tokenizer
 
+    if name is not None:
+        format_named(name)
     tokenizer = load_tokenizer(model)
+    of_this = f" of {tokenizer.name_or_path!r}"
     try:
-        chat = get_format(tokenizer)
+        findings = check_format(get_format(tokenizer, name))
     except ValueError as error:
-        return [("format", f"✗ {error}")], 1
-    findings = check_format(chat)
-    rows = [(one.name, f"{'✓' if one.ok else '✗' if one.fails else '!'} {one.detail}") for one in findings]
-    return rows, int(any(one.fails for one in findings))
+        findings = [Finding("format", False, str(error), fails=True)]
+    code = int(any(one.fails for one in findings))
+    if name is None:
+        findings += [
+            one._replace(
+                name=f"chat_format {one.name}", detail=shorten(one.detail.replace(of_this, ""), 120, placeholder="…")
+            )
+            for one in check_formats(tokenizer)
+        ]
+    return [(one.name, f"{'✓' if one.ok else '✗' if one.fails else '!'} {one.detail}") for one in findings], code
 
 
 def _findings() -> Iterator[tuple[str, str]]:

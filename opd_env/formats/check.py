@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from opd_env.formats import FORMATS, get_format
 from opd_env.formats.template import TemplateFormat
 from opd_env.messages import ToolCall, assistant, system, tool_message, user
 from opd_env.trajectory import TokenKind
@@ -62,6 +63,22 @@ def check_format(chat: TemplateFormat) -> list[Finding]:
         problems = list(check())
         findings.append(Finding(name, not problems, problems[0] if problems else "yes", fails=bool(problems)))
     return findings
+
+
+def check_formats(tokenizer: Any) -> list[Finding]:
+    """One finding per name in ``FORMATS``: whether that format may be chosen for this tokenizer, or why not."""
+    return [_named(tokenizer, name) for name in FORMATS]
+
+
+def _named(tokenizer: Any, name: str) -> Finding:
+    try:
+        findings = check_format(get_format(tokenizer, name))
+    except ValueError as error:
+        return Finding(name, False, str(error), fails=True)
+    wrong = sorted((one for one in findings if not one.ok), key=lambda one: not one.fails)
+    return Finding(
+        name, not wrong, f"{wrong[0].name}: {wrong[0].detail}" if wrong else "passes", any(one.fails for one in wrong)
+    )
 
 
 def _new_rows(chat: TemplateFormat) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from opd_env.cli.main import main
-from opd_env.formats import HermesFormat, get_format
-from opd_env.formats.check import check_format
+from opd_env.formats import FORMATS, HermesFormat, get_format
+from opd_env.formats.check import check_format, check_formats
 from opd_env.formats.parse import ParsedTurn
 from opd_env.messages import Message
 from tests.core.families import FAMILIES, family_tokenizer
@@ -52,7 +52,8 @@ def test_the_command_shows_a_table(capsys: pytest.CaptureFixture[str], tmp_path:
     shown = capsys.readouterr().out
     assert "hermes; a turn ends with <|im_end|>" in " ".join(shown.split())
     assert "always" in shown
-    assert "✗" not in shown
+    assert "✗" not in shown.partition("chat_format")[0]
+    assert "chat_format hermes ✓ passes" in " ".join(shown.split())
     family_tokenizer("Qwen 3").save_pretrained(tmp_path)
     assert main(["doctor", "--format", str(tmp_path)]) == 0
     assert "a further question" in " ".join(capsys.readouterr().out.split())
@@ -61,3 +62,21 @@ def test_the_command_shows_a_table(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "✗" in capsys.readouterr().out
     assert main(["doctor", "--format", str(tmp_path / "none")]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_a_format_can_be_named_and_all_are_told_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    gemma = family_tokenizer("Gemma 3")
+    findings = {one.name: one for one in check_formats(gemma)}
+    assert list(findings) == list(FORMATS)
+    assert {name for name, one in findings.items() if one.ok} == {"hermes", "tool_code"}
+    assert "describes no tools" in findings["llama"].detail
+    assert not next(one for one in check_formats(family_tokenizer("Qwen 3")) if one.name == "hermes").fails
+    gemma.save_pretrained(tmp_path)
+    assert main(["doctor", "--format", str(tmp_path), "--chat_format", "hermes"]) == 0
+    assert "hermes; a turn ends with <end_of_turn>" in " ".join(capsys.readouterr().out.split())
+    assert main(["doctor", "--format", str(tmp_path), "--chat_format", "llama"]) == 1
+    assert "✗" in capsys.readouterr().out
+    assert main(["doctor", "--format", str(tmp_path), "--chat_format", "lama"]) == 2
+    assert "did you mean 'llama'?" in capsys.readouterr().err
+    assert main(["doctor", "--chat_format", "llama"]) == 2
+    assert "give --format MODEL too" in capsys.readouterr().err
