@@ -5,6 +5,9 @@ step is one forward over a view, without copying. A turn that ends parks its row
 episode only prefills what is new (the tool results). Nothing is padded on the left and nothing waits for the
 slowest episode.
 
+What episodes have in common at their beginning (the tools, a system prompt, the question of further samples) is
+prefilled once and copied, as long as one of them is open.
+
 Every turn draws its random numbers from its own seed: what an episode samples does not depend on its neighbours,
 up to floating-point noise of the batch size.
 
@@ -17,105 +20,45 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from opd_env.engine import Completion, Engine, Request
 from opd_env.models import split_model
+from opd_env.slot_cache import SlotCache
+from opd_env.token_sampler import draw_tokens
 
-_PREFILL_TOKENS = 8192  # of one prefill forward, padding included: bounds its memory
-_GROW = 128  # the cache grows by multiples of this many positions
-
-
-@dataclass
-class _Window:
-    """Which part of the cache the next forward reads and writes. Shared by all layers."""
-
-    first: int = 0
-    last: int = 0
-    positions_NQ: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    length: int = 0
-
-
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
-    """One layer's keys and values, shape ``[slots, heads, positions, size]``."""
-
-    is_sliding = False
-
-    def __init__(self, window: _Window) -> None:
-        super().__init__()
-        self.window = window
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Storage for no slot yet; ``reserve`` grows it."""
-        self.keys, self.values = (
-            states.new_zeros(0, states.shape[1], 0, states.shape[3]) for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def reserve(self, slots: int, length: int) -> None:
-        """Grows the storage to at least this size, keeping what it holds."""
-        for name in ("keys", "values"):
-            old: torch.Tensor = getattr(self, name)
-            if old.shape[0] < slots or old.shape[2] < length:
-                length = -(-length // _GROW) * _GROW
-                shape = (max(slots, old.shape[0]), old.shape[1], max(length, old.shape[2]), old.shape[3])
-                grown = old.new_zeros(shape)
-                grown[: old.shape[0], :, : old.shape[2]] = old
-                setattr(self, name, grown)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new positions of the window's rows; returns all their positions so far."""
-        window = self.window
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.reserve(window.last, window.length)
-        keys, values = self.keys[window.first : window.last], self.values[window.first : window.last]
-        index = window.positions_NQ[:, None, :, None]
-        keys.scatter_(2, index.expand_as(key_states), key_states)
-        values.scatter_(2, index.expand_as(value_states), value_states)
-        return keys[:, :, : window.length], values[:, :, : window.length]
-
-    def swap(self, a: int, b: int, length: int) -> None:
-        """Exchanges the first ``length`` positions of two rows."""
-        self.reserve(max(a, b) + 1, length)
-        for store in (self.keys, self.values):
-            kept = store[a, :, :length].clone()
-            store[a, :, :length] = store[b, :, :length]
-            store[b, :, :length] = kept
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys."""
-        return self.window.length, 0
-
-    def get_seq_length(self) -> int:
-        """Positions before this forward; not used, since positions are always passed."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """No maximum: storage grows."""
-        return -1
+_PREFILL_TOKENS = 8192
+"""Of one prefill forward, padding included: bounds its memory."""
+_FORWARD_TOKENS = 128
+"""A forward more is worth what it costs if it saves this many tokens, of padding or of a common beginning."""
 
 
 @dataclass
 class _Row:
-    """What a slot holds."""
+    """What a slot's episode is doing."""
 
     episode: int
-    cached: list[int] = field(default_factory=list)
-    """Tokens whose keys and values are stored."""
+    slot: int
     request: Request | None = None
     """The turn under way."""
+    prefix_T: Any = None
+    """Its prefix as an array."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     uniforms: Any = None
+
+    @property
+    def turn(self) -> Request:
+        """The turn under way."""
+        if self.request is None:
+            raise RuntimeError(f"episode {self.episode} has no turn under way")
+        return self.request
 
 
 class LocalEngine(Engine):
@@ -152,9 +95,7 @@ class LocalEngine(Engine):
         self.max_context = min(config.max_position_embeddings, window or config.max_position_embeddings)
         self._vocab_size = vocab_size
         self._stop = frozenset(stop_token_ids)
-        self._window = _Window()
-        self._layers = [_SlotLayer(self._window) for _ in range(config.num_hidden_layers)]
-        self._cache = Cache(layers=self._layers)
+        self._cache = SlotCache(config.num_hidden_layers)
         self._rows: list[_Row] = []
         self._running = 0  # rows[:running] have a turn under way
         self._queue: deque[Request] = deque()
@@ -196,13 +137,13 @@ class LocalEngine(Engine):
         """See ``Engine``."""
         self._cut.discard(episode)
         self._queue = deque(request for request in self._queue if request.episode != episode)
-        for index, row in enumerate(self._rows):
+        for row in self._rows:
             if row.episode == episode:
-                if index < self._running:
+                self._cache.lengths[row.slot] = 0
+                if row.slot < self._running:
                     self._running -= 1
-                    self._swap(index, self._running)
-                    index = self._running
-                self._swap(index, len(self._rows) - 1)
+                    self._swap(row.slot, self._running)
+                self._swap(row.slot, len(self._rows) - 1)
                 self._rows.pop()
                 return
 
@@ -216,8 +157,7 @@ class LocalEngine(Engine):
             self._admit()
             ended = self._retire()
             if self._running:
-                last = [[row.ids[-1]] for row in self._rows[: self._running]]
-                self._forward(0, self._running, last)
+                self._forward(0, [[row.ids[-1]] for row in self._rows[: self._running]])
                 ended += self._retire()
             return ended
         finally:
@@ -226,135 +166,125 @@ class LocalEngine(Engine):
 
     def _admit(self) -> None:
         """Gives queued turns a slot and prefills them, several at a time."""
-        owners = {row.episode: index for index, row in enumerate(self._rows)}
-        admitted = 0
-        waiting: deque[Request] = deque()
+        rows = sorted(self._seat(), key=lambda row: list(row.turn.token_ids))
+        while rows:
+            now, rows = self._divide(rows)
+            for row in now:
+                slot, held = self._source(row)
+                if slot == row.slot:
+                    self._cache.lengths[slot] = held
+                else:
+                    self._cache.copy(slot, row.slot, held)
+            for group in self._groups(now):
+                first, self._running = self._running, self._running + len(group)
+                for slot, row in enumerate(group, first):
+                    self._swap(row.slot, slot)
+                self._forward(first, [row.prefix_T[self._cache.lengths[row.slot] :].tolist() for row in group])
+
+    def _seat(self) -> list[_Row]:
+        """The rows of the queued turns, as far as there are slots."""
+        owners = {row.episode: row for row in self._rows}
+        seated, waiting = [], deque[Request]()
         for request in self._queue:
-            index = owners.get(request.episode)
-            if index is None and len(self._rows) >= self.capacity:
+            row = owners.get(request.episode)
+            if row is None and len(self._rows) >= self.capacity:
                 waiting.append(request)
                 continue
-            if index is None:
-                index = len(self._rows)
-                self._rows.append(_Row(request.episode))
-            elif index < self._running:
+            if row is None:
+                row = owners[request.episode] = _Row(request.episode, len(self._rows))
+                self._rows.append(row)
+            elif row.request is not None:
                 raise RuntimeError(f"episode {request.episode} has a turn under way already")
-            target = self._running + admitted
-            self._swap(index, target)
-            owners = {row.episode: place for place, row in enumerate(self._rows)} if index != target else owners
-            owners[request.episode] = target
-            row = self._rows[target]
-            row.request, row.ids, row.logprobs = request, [], []
+            row.request, row.prefix_T = request, np.asarray(request.token_ids)
             row.uniforms = np.random.default_rng(request.seed % (1 << 64)).random(request.params.max_tokens)
-            prefix = request.token_ids
-            same = next(
-                (i for i, (a, b) in enumerate(zip(row.cached, prefix, strict=False)) if a != b),
-                len(row.cached),
-            )
-            del row.cached[min(same, len(prefix) - 1) :]
-            admitted += 1
+            seated.append(row)
         self._queue = waiting
-        while admitted:
-            new = [
-                list(row.request.token_ids[len(row.cached) :])
-                for row in self._rows[self._running : self._running + admitted]
-                if row.request is not None
-            ]
-            count = 1
-            while count < admitted and (count + 1) * max(map(len, new[: count + 1])) <= _PREFILL_TOKENS:
-                count += 1
-            self._forward(self._running, self._running + count, new[:count])
-            self._running += count
-            admitted -= count
+        self._cache.reserve(len(self._rows), 1)
+        return seated
 
-    def _forward(self, first: int, last: int, new: list[list[int]]) -> None:
-        """Feeds every row of the range its new tokens and samples the token that follows."""
-        rows = self._rows[first:last]
-        device = next(self._decoder.parameters()).device
-        width = max(map(len, new))
-        # Shorter rows are padded on the right: what is written there is masked, and overwritten by later tokens.
-        ids_NQ = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=device)
-        past_N = torch.tensor([len(row.cached) for row in rows], device=device)
-        positions_NQ = past_N[:, None] + torch.arange(width, device=device)
-        length = max(len(row.cached) for row in rows) + width
-        window = self._window
-        window.first, window.last, window.positions_NQ, window.length = first, last, positions_NQ, length
-        visible_NQT = torch.arange(length, device=device) <= positions_NQ[..., None]
-        dtype = next(self._decoder.parameters()).dtype
-        mask = torch.zeros(visible_NQT.shape, dtype=dtype, device=device).masked_fill_(
-            ~visible_NQT, torch.finfo(dtype).min
-        )[:, None]
+    def _source(self, row: _Row) -> tuple[int, int]:
+        """The slot that holds most of a prefix, if possible the row's own, and how much; the last token is left out."""
+        held = np.minimum(self._cache.shared(0, len(self._rows), row.prefix_T), len(row.prefix_T) - 1)
+        most = int(held.max())
+        return (row.slot if held[row.slot] == most else int(held.argmax())), most
+
+    def _divide(self, rows: list[_Row]) -> tuple[list[_Row], list[_Row]]:
+        """Which rows to prefill now, and which when those have put into the cache what both begin with.
+
+        Args:
+            rows: ordered by their prefixes, so that a row shares most with those next to it.
+        """
+        now, later, saved = [rows[0]], list[_Row](), 0
+        common = len(rows[0].prefix_T)  # of the row and the last one of ``now``
+        for before, row in pairwise(rows):
+            common = min(common, _common(before.prefix_T, row.prefix_T))
+            gain = min(common, len(row.prefix_T) - 1) - self._source(row)[1]
+            if gain > 0:
+                later.append(row)
+                saved += gain
+            else:
+                now.append(row)
+                common = len(row.prefix_T)
+        return (now, later) if saved >= _FORWARD_TOKENS else (rows, [])
+
+    def _groups(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """Rows to prefill in one forward: of like length, and no more than fit into its memory."""
+        group: list[_Row] = []
+        padding = width = 0
+        for row in sorted(rows, key=lambda row: len(row.prefix_T) - self._cache.lengths[row.slot]):
+            before, width = width, len(row.prefix_T) - int(self._cache.lengths[row.slot])
+            padding += len(group) * (width - before)
+            if group and (padding > _FORWARD_TOKENS or (len(group) + 1) * width > _PREFILL_TOKENS):
+                yield group
+                group, padding = [], 0
+            group.append(row)
+        yield group
+
+    def _forward(self, first: int, new: list[list[int]]) -> None:
+        """Feeds the rows from ``first`` on their new tokens and samples the token that follows."""
+        rows = self._rows[first : first + len(new)]
+        weight = next(self._decoder.parameters())
+        window = self._cache.window(first, first + len(new), new, weight.device)
         hidden_NQH = self._decoder(
-            input_ids=ids_NQ,
-            position_ids=positions_NQ,
-            attention_mask=mask,
+            input_ids=window.ids_NQ,
+            # Padding may lie beyond the context.
+            position_ids=window.positions_NQ.clamp(max=self.max_context - 1),
+            attention_mask=window.mask(weight.dtype),
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
-        ends_N = torch.tensor([len(tokens) - 1 for tokens in new], device=device)
-        hidden_NH = hidden_NQH[torch.arange(len(rows), device=device), ends_N]
-        for row, tokens in zip(rows, new, strict=True):
-            row.cached += tokens
-        self._sample(rows, self._head(hidden_NH)[:, : self._vocab_size].float())
-
-    def _sample(self, rows: list[_Row], logits_NV: torch.Tensor) -> None:
-        """Draws one token per row by inverting the distribution function at the row's next random number."""
-        params = [row.request.params for row in rows if row.request is not None]
-        temperature_N = logits_NV.new_tensor([one.temperature or 1.0 for one in params])
-        logprobs_NV = torch.log_softmax(logits_NV / temperature_N[:, None], dim=-1)
-        if all(one.temperature == 0 for one in params):
-            chosen_N = logprobs_NV.argmax(dim=-1)
-        else:
-            kept_NV = _truncate(logprobs_NV, params)
-            cumulative_NV = kept_NV.exp().double().cumsum(dim=-1)
-            total_N = cumulative_NV[:, -1]
-            uniform_N = torch.tensor([row.uniforms[len(row.ids)] for row in rows], device=logits_NV.device)
-            target_N = torch.minimum(uniform_N * total_N, torch.nextafter(total_N, torch.zeros_like(total_N)))
-            chosen_N = torch.searchsorted(cumulative_NV, target_N[:, None], right=True)[:, 0]
-            greedy_N = torch.tensor([one.temperature == 0 for one in params], device=logits_NV.device)
-            chosen_N = torch.where(greedy_N, logprobs_NV.argmax(dim=-1), chosen_N)
-        picked_N = logprobs_NV.gather(1, chosen_N[:, None])[:, 0]
-        for row, token, logprob in zip(rows, chosen_N.tolist(), picked_N.tolist(), strict=True):
+        ends_N = torch.tensor([len(tokens) - 1 for tokens in new], device=weight.device)
+        hidden_NH = hidden_NQH[torch.arange(len(rows), device=weight.device), ends_N]
+        logits_NV = self._head(hidden_NH)[:, : self._vocab_size].float()
+        chosen_N, logprobs_N = draw_tokens(
+            logits_NV, [row.turn.params for row in rows], [row.uniforms[len(row.ids)] for row in rows]
+        )
+        for row, token, logprob in zip(rows, chosen_N.tolist(), logprobs_N.tolist(), strict=True):
             row.ids.append(token)
             row.logprobs.append(logprob)
 
     def _retire(self) -> list[Completion]:
         """Parks the rows whose turn ended."""
         completions = []
-        for index in range(self._running - 1, -1, -1):
-            row = self._rows[index]
-            if row.request is None:
-                raise RuntimeError("a running slot has no turn")
+        for row in self._rows[: self._running][::-1]:
             stopped = row.ids[-1] in self._stop
-            if stopped or len(row.ids) >= row.request.params.max_tokens or row.episode in self._cut:
+            if stopped or len(row.ids) >= row.turn.params.max_tokens or row.episode in self._cut:
                 self._cut.discard(row.episode)
                 completions.append(Completion(row.episode, row.ids, row.logprobs, truncated=not stopped))
                 row.request, row.ids, row.logprobs = None, [], []
                 self._running -= 1
-                self._swap(index, self._running)
+                self._swap(row.slot, self._running)
         return completions[::-1]
 
     def _swap(self, a: int, b: int) -> None:
-        if a == b:
-            return
-        length = max(len(self._rows[a].cached), len(self._rows[b].cached))
-        if length:
-            for layer in self._layers:
-                layer.swap(a, b, length)
-        self._rows[a], self._rows[b] = self._rows[b], self._rows[a]
+        if a != b:
+            self._cache.swap(a, b)
+            self._rows[a], self._rows[b] = self._rows[b], self._rows[a]
+            self._rows[a].slot, self._rows[b].slot = a, b
 
 
-def _truncate(logprobs_NV: torch.Tensor, params: Sequence[Any]) -> torch.Tensor:
-    """Sets what top-k and top-p cut away to −inf, row by row; the input is not changed."""
-    if all(one.top_k == 0 and one.top_p == 1.0 for one in params):
-        return logprobs_NV
-    kept_NV = logprobs_NV.clone()
-    for row_V, one in zip(kept_NV, params, strict=True):
-        ordered_V, order_V = row_V.sort(descending=True)
-        before_V = ordered_V.exp().cumsum(0) - ordered_V.exp()
-        cut_V = before_V >= one.top_p
-        if one.top_k:
-            cut_V[one.top_k :] = True
-        cut_V[0] = False
-        row_V[order_V[cut_V]] = float("-inf")
-    return kept_NV
+def _common(a_T: np.ndarray, b_T: np.ndarray) -> int:
+    """Tokens that both begin with."""
+    width = min(len(a_T), len(b_T))
+    differs_T = a_T[:width] != b_T[:width]
+    return int(differs_T.argmax()) if differs_T.any() else width

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from opd_env.engine import GREEDY, Request, SamplingParams, ScriptedEngine
 from opd_env.local_engine import LocalEngine
@@ -81,6 +82,92 @@ def test_a_prefix_that_changed_is_not_read_from_the_cache() -> None:
         while not (done := engine.step()):
             pass
         assert done[0].token_ids == reference_greedy(model, prefix, 4)
+
+
+def fed(model: torch.nn.Module) -> list[tuple[int, ...]]:
+    """Rows and width of every forward of a model, from now on."""
+    shapes: list[tuple[int, ...]] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+def test_what_prompts_begin_with_is_prefilled_once() -> None:
+    model = tiny_llama(vocab_size=64)
+    drawn = random.Random(1)
+    system = [drawn.randrange(2, VOCAB) for _ in range(90)]
+    questions = [[drawn.randrange(2, VOCAB) for _ in range(8)] for _ in range(6)]
+    given = [system + question for question in questions for _ in range(3)]
+    engine = LocalEngine(model, [1], VOCAB)
+    shapes = fed(model)
+    completions = engine.generate(given, SamplingParams(temperature=0, max_tokens=3))
+    # One prompt as a whole; the ends of the others' questions; then only the last token of their further samples.
+    assert [shape for shape in shapes if shape != (18, 1)] == [(1, 98), (17, 8)]
+    for prefix, completion in zip(given, completions, strict=True):
+        assert completion.token_ids == reference_greedy(model, prefix, 3)
+
+
+def test_an_open_episode_lends_what_it_read_and_a_closed_one_does_not() -> None:
+    model = tiny_llama(vocab_size=64)
+    engine = LocalEngine(model, [], VOCAB)
+    shapes = fed(model)
+    params, prefix = SamplingParams(temperature=0, max_tokens=2), list(range(2, 42))
+    for episode, first in ((0, (1, 40)), (1, (1, 1)), (2, (1, 1))):
+        shapes.clear()
+        engine.submit(Request(episode, prefix, params))
+        (done,) = [one for _ in range(2) for one in engine.step()]
+        assert (shapes[0], done.token_ids) == (first, reference_greedy(model, prefix, 2)[:2])
+    for episode in range(3):
+        engine.release(episode)
+    shapes.clear()
+    engine.submit(Request(3, prefix, params))
+    engine.step()
+    assert shapes[0] == (1, 40)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_prompts_that_branch_anywhere_are_continued_as_if_each_were_alone(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Also turns that rewrite what stood before, beside episodes that read from them."""
+    monkeypatch.setattr("opd_env.local_engine._FORWARD_TOKENS", seed % 3)  # sharing is always worth a forward
+    drawn = random.Random(seed)
+    model = tiny_llama(vocab_size=64, seed=seed)
+    engine = LocalEngine(model, [1], VOCAB, capacity=9)
+    params = SamplingParams(temperature=0, max_tokens=3)
+    texts: dict[int, list[int]] = {}
+    for number in range(12):
+        for episode in drawn.sample(range(20), 6):
+            known = drawn.choice([*texts.values(), [2]])
+            text = known[: drawn.randrange(1, len(known) + 1)] + [
+                drawn.choice((2, 3)) for _ in range(drawn.randrange(9))
+            ]
+            if len(texts) < 9 or episode in texts:
+                texts[episode] = text[:120]
+                engine.submit(Request(episode, texts[episode], params))
+        while engine.busy:
+            for completion in engine.step():
+                assert completion.token_ids == reference_greedy(model, texts[completion.episode], 3), number
+                texts[completion.episode] = texts[completion.episode] + completion.token_ids
+        for episode in drawn.sample(sorted(texts), 3):
+            engine.release(episode)
+            del texts[episode]
+
+
+def test_padding_beyond_the_context_harms_no_model_with_learned_positions() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
+    engine = LocalEngine(model, [], VOCAB)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    long, short = prefixes(40)[0] * 60, list(range(2, 32))
+    engine.submit(Request(0, long[:58], params))
+    engine.step()
+    engine.step()
+    engine.submit(Request(0, long[:60], params))
+    engine.submit(Request(1, short, params))
+    found = {one.episode: one.token_ids for _ in range(2) for one in engine.step()}
+    assert found == {0: reference_greedy(model, long[:60], 2), 1: reference_greedy(model, short, 2)}
 
 
 def test_samples_follow_the_models_distribution() -> None:
