@@ -184,16 +184,18 @@ def test_every_number_that_is_let_through_has_a_name_on_the_list(monkeypatch, ma
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="Landlock is Linux's")
-def test_landlock_denies_in_a_process_of_its_own(tmp_path):
+def test_landlock_denies_in_a_process_of_its_own_and_passes_over_a_link_to_nothing(tmp_path):
     from opd_env.tools.sandbox.guest import landlock
 
     if landlock.abi() < landlock.REQUIRED_ABI:
         pytest.skip("this kernel has no Landlock, or an old one")
     (tmp_path / "a").write_text("a")
+    # Debian's own Python has such a link in its library: to /etc, which the world that root builds does not have.
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
     child = os.fork()
     if child == 0:
         try:
-            landlock.restrict([os.path.dirname(os.__file__)])
+            landlock.restrict([os.path.dirname(os.__file__), f"{tmp_path}/link"])
             with open(os.__file__):
                 pass
             for path, mode in ((tmp_path / "a", "r"), (tmp_path / "b", "w"), ("/etc/passwd", "r")):

@@ -39,6 +39,8 @@ def abi() -> int:
 def restrict(readable: Iterable[str], listed: Iterable[str] = (), devices: Iterable[str] = ()) -> None:
     """Leaves nothing but reading below some folders, listing others, and reading and writing some devices.
 
+    What is not there is left out: a file that vanished, a link whose target another root does not have.
+
     Raises:
         OSError: if Landlock is missing or too old, or a rule is refused; nothing is restricted then.
     """
@@ -65,6 +67,8 @@ def restrict(readable: Iterable[str], listed: Iterable[str] = (), devices: Itera
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:
+    if not os.path.exists(path):
+        return
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):

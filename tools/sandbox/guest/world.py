@@ -51,7 +51,7 @@ def landlock_readable(packages: Sequence[str]) -> tuple[list[str], list[str]]:
         its entries are named one by one, without what is installed for other programs).
     """
     listed = standard_library()
-    readable = [*packages, *(path for path in _MORE_FILES if os.path.exists(path))]
+    readable = [*packages, *_MORE_FILES]
     for folder in listed:
         readable += [entry.path for entry in os.scandir(folder) if entry.name not in _PACKAGE_FOLDERS]
     with open("/proc/self/maps") as maps:
@@ -60,7 +60,7 @@ def landlock_readable(packages: Sequence[str]) -> tuple[list[str], list[str]]:
         holds_python = any(f"{path}/".startswith(f"{folder}/") for path in listed)
         inside = (os.path.realpath(file) for file in mapped)
         readable += [file for file in inside if os.path.dirname(file) == folder] if holds_python else [folder]
-    return [path for path in readable if os.path.exists(path)], listed
+    return readable, listed
 
 
 def enter(packages: Sequence[str]) -> None:
