@@ -184,10 +184,10 @@ def _read_reply(answer: Any) -> Reply:
         total = usage.get("total_tokens")
         if not isinstance(content, str | None):
             raise TypeError(f"content is a {type(content).__name__}")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise Fault(f"the answer is no chat completion ({type(error).__name__}: {error})") from error
     truncated = choice.get("finish_reason") == "length"
-    return Reply(content or "", calls, truncated, total if isinstance(total, int) else 0)
+    return Reply(content or "", calls, truncated, total if type(total) is int else 0)
 
 
 def _read_call(call: Mapping[str, Any], number: int) -> NativeCall:

@@ -17,6 +17,7 @@ from typing import Any
 from opd_env.compare import Side
 from opd_env.evaluation_settings import fingerprint_of
 from opd_env.formats import FORMATS, parse_hermes
+from opd_env.formats.json_calls import DECODER
 from opd_env.metrics import rate_of
 from opd_env.statistics import standard_error
 from opd_env.tally import fractions
@@ -155,8 +156,8 @@ def _turn(turn: TurnRecord, number: int, settings: Mapping[str, Any]) -> list[di
 
 def _call(call: CallRecord, identity: str) -> dict[str, Any]:
     try:
-        arguments = json.loads(call.arguments)
-    except ValueError:
+        arguments = DECODER.decode(call.arguments)  # a log may hold neither NaN nor half of a surrogate pair
+    except (ValueError, RecursionError):
         arguments = None
     known = isinstance(arguments, dict)
     made = {"id": identity, "function": call.name or "unreadable", "arguments": arguments if known else {}}

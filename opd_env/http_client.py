@@ -7,16 +7,17 @@ Worked example::
 
 What goes wrong is one of four things:
 
-- the server is away (refused, unreachable, 429, 503): it rests, with growing pauses and jitter, and is asked for its
-  health before it gets work again; another server takes the request meanwhile. After ``patience_s`` without an answer
-  of any server: ``ServersDown``.
+- the server is away (refused, unreachable, 503) or busy (429): it rests, with growing pauses and jitter, and unless it
+  is only busy it is asked for its health before it gets work again; another server takes the request meanwhile. After
+  ``patience_s`` without an answer of any server: ``ServersDown``.
 - this answer failed (time-out, other 5xx, a lost connection, truncated, not JSON, not what ``read`` expects): tried
   again, on another server if there is one; after ``tries`` of them ``RequestFailed``, which concerns one request only.
 - the request is wrong (400, 401, 404, …): ``RequestRefused`` at once.
 - the caller gives up: ``close`` ends every connection.
 
 An answer is either used whole or not at all, and a request is asked again only after its answer was lost, so nothing
-counts twice. One exchange is ``http_transport``'s.
+counts twice. A server that restarts, perhaps with other weights, loses the requests under way, if there are any: so
+``on_return`` looks at a server that was away, and at one that was idle. One exchange is ``http_transport``'s.
 
 Test it alone: ``pytest tests/core/test_http_client.py``
 """
@@ -39,6 +40,9 @@ from opd_env.http_transport import Fault, Refusal, Transport, checked_url, pause
 
 Answer = TypeVar("Answer")
 _HEALTH_TIMEOUT = 10.0
+_LONGEST_MESSAGE = 1000
+_IDLE_S = 1.0
+"""Less than a server takes to restart."""
 
 
 class ServersDown(UserError):
@@ -63,6 +67,11 @@ class _Server:
     suspect: bool = False
     """Must pass a health check before it gets work."""
     last_fault: str = ""
+    idle_since: float = -math.inf
+    unseen: bool = False
+    """Has been idle long enough to have restarted."""
+    look: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """Of the one thread that looks at an unseen server, for which the others wait."""
 
 
 @dataclass
@@ -87,8 +96,8 @@ class HttpClient:
     """A server's first rest; it doubles from fault to fault."""
     api_key: str | None = field(default=None, repr=False)
     on_return: Callable[[str], None] | None = None
-    """Called with the URL of a server that was away and is back, before it gets work; what it raises means that the
-    server is not back yet."""
+    """Called with the URL of a server that was away and is back, or that was idle, before it gets work; what it raises
+    means that the server is not back yet."""
     _lock: threading.Condition = field(default_factory=threading.Condition, repr=False)
     _jobs: SimpleQueue[Callable[[], None]] = field(default_factory=SimpleQueue, repr=False)
     _workers: int = field(default=0, repr=False)
@@ -116,8 +125,8 @@ class HttpClient:
         Args:
             path: of the API, such as ``/v1/completions``.
             body: sent as JSON.
-            read: turns the answer's JSON into the result; ``LookupError``, ``TypeError``, ``ValueError`` and
-                ``AttributeError`` mean that the answer is garbage.
+            read: turns the answer's JSON into the result; ``LookupError``, ``TypeError``, ``ValueError``,
+                ``AttributeError``, ``ArithmeticError`` and ``RecursionError`` mean that the answer is garbage.
             key: requests of one key go to the same server while it is healthy (its prefix cache knows them).
 
         Raises:
@@ -127,13 +136,13 @@ class HttpClient:
         while True:
             server = self._take(key)
             try:
+                self._look_at(server)
                 answer = self._send(server.url, path, body, self.timeout_s)
                 try:
                     result = read(answer)
-                except (LookupError, TypeError, ValueError, AttributeError) as error:
-                    raise Fault(
-                        f"an answer that is not what was asked for ({type(error).__name__}: {error})"
-                    ) from error
+                except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+                    said = f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
+                    raise Fault(f"an answer that is not what was asked for ({said})") from error
                 self._answer_of(server)
                 return result
             except Fault as fault:
@@ -200,11 +209,30 @@ class HttpClient:
                 if ready:
                     own = self._servers[_spread(key) % len(self._servers)] if key is not None else ready[0]
                     server = own if key is not None and own in ready else min(ready, key=lambda one: one.running)
+                    server.unseen |= not server.running and now - server.idle_since > _IDLE_S
                     server.running += 1
                     return server
                 if now - started > self.patience_s:
                     raise ServersDown(self._who_is_down())
                 self._lock.wait(max(1e-3, min(0.5, *(one.rests_until - now for one in self._servers))))
+
+    def _look_at(self, server: _Server) -> None:
+        """Before an idle server gets work.
+
+        Raises:
+            Fault: it must not get any.
+        """
+        with server.look:
+            if server.suspect:
+                raise Fault(server.last_fault, away=True)
+            try:
+                if server.unseen and self.on_return is not None:
+                    self.on_return(server.url)
+            except Exception as error:  # whatever it is, the server is not what it was
+                fault = Fault(str(error), away=True)
+                self._rest(server, fault)  # here, so that no other thread finds it healthy
+                raise fault from error
+            server.unseen = False
 
     def _check(self, server: _Server) -> None:
         """Asks a suspect whether it is back."""
@@ -216,7 +244,8 @@ class HttpClient:
             self._rest(server, Fault(str(error), away=True), checked=True)
         else:
             with self._lock:
-                server.suspect, server.rests_until = False, 0.0
+                server.suspect, server.unseen, server.rests_until = False, False, 0.0
+                server.idle_since = time.monotonic()
                 self._lock.notify_all()
 
     def _answer_of(self, server: _Server) -> None:
@@ -229,7 +258,7 @@ class HttpClient:
         with self._lock:
             now = time.monotonic()
             server.last_fault = str(fault)
-            server.suspect = server.suspect or fault.pause_s is None
+            server.suspect |= not fault.busy
             if fault.pause_s is not None:
                 server.rests_until = max(server.rests_until, now + pause_before(1, self.pause_s, fault.pause_s))
             elif checked or server.rests_until <= now:
@@ -239,6 +268,7 @@ class HttpClient:
     def _give_back(self, server: _Server) -> None:
         with self._lock:
             server.running -= 1
+            server.idle_since = time.monotonic()
 
     def _who_is_down(self) -> str:
         said = "; ".join(f"{one.url}: {one.last_fault}" for one in self._servers)

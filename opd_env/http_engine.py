@@ -61,7 +61,7 @@ class HttpEngine(Engine):
     """Samples with a pool of vLLM servers.
 
     Args:
-        client: the servers. The engine sets its ``on_return``.
+        client: the servers. With its first weights the engine sets ``on_return``.
         stop_token_ids: any of these ends a turn; a format's ``stop_token_ids``.
         vocab_size: a sampled id beyond it is a fault of the server; a format's ``vocab_size``.
         weights_folder: where ``update_weights`` leaves the weights for the servers, which must see it under the same
@@ -90,7 +90,6 @@ class HttpEngine(Engine):
         self._run = secrets.token_hex(4)  # a server may still hold what an earlier run called weights 1
         self._tickets: dict[int, object] = {}
         self._done: SimpleQueue[_Outcome | None] = SimpleQueue()
-        client.on_return = self._restore
 
     def submit(self, request: Request) -> None:
         """See ``Engine``."""
@@ -152,6 +151,7 @@ class HttpEngine(Engine):
             self._written = folder
             save_plain(model, folder)
             self._version, self.served = version, ServedWeights(folder, away)
+            self.client.on_return = self._restore
             for url in self.client.urls:
                 try:
                     self._restore(url)
@@ -174,7 +174,7 @@ class HttpEngine(Engine):
         if self.busy:
             raise RuntimeError("weights cannot change while turns are under way")
         with self._restoring:
-            self.served = served
+            self.served, self.client.on_return = served, self._restore
             for url, reason in served.away.items():
                 self.client.suspect(url, reason)
 

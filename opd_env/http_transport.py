@@ -34,7 +34,9 @@ LONGEST_PAUSE = 60.0
 """Seconds between two tries, whatever the server asks for."""
 _LONGEST_OWN_PAUSE = 30.0
 _CONNECT_TIMEOUT = 30.0
-_AWAY = (429, 503)
+_LONGEST_ERROR = 10_000
+_BUSY = 429
+_AWAY = (_BUSY, 503)
 _MAY_PASS = (408, 409, 425, *_AWAY)
 
 
@@ -44,12 +46,13 @@ class Fault(Exception):
     Args:
         message: what was seen.
         away: the server as a whole, not this answer.
+        busy: it is there and has lost nothing, but takes no more for now.
         pause_s: what its ``Retry-After`` asks for.
     """
 
-    def __init__(self, message: str, *, away: bool = False, pause_s: float | None = None) -> None:
+    def __init__(self, message: str, *, away: bool = False, busy: bool = False, pause_s: float | None = None) -> None:
         super().__init__(message)
-        self.away, self.pause_s = away, pause_s
+        self.away, self.busy, self.pause_s = away, busy, pause_s
 
 
 class Refusal(Exception):
@@ -67,7 +70,7 @@ class Transport:
     api_key: str | None = field(default=None, repr=False)
     longest_answer: int = 256_000_000
     """Bytes; a longer answer is a fault."""
-    _sockets: set[socket.socket | None] = field(default_factory=set, repr=False)
+    _sockets: set[socket.socket] = field(default_factory=set, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
@@ -105,42 +108,71 @@ class Transport:
         """Ends every exchange and pause that is under way, and lets none begin."""
         with self._lock:
             self._closed.set()
-            for sock in filter(None, self._sockets):
+            for sock in self._sockets:
                 try:
                     sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
                 except OSError:
                     continue  # the other side was faster
 
     def _exchange(self, url: SplitResult, data: bytes | None, deadline: float) -> bytes:
-        connection = _connection(url, min(deadline - time.monotonic(), _CONNECT_TIMEOUT))
+        connection = _connection(url)
+        sockets: list[socket.socket] = []
+
+        def connect_in_time(address: tuple[str, int], *_: object) -> socket.socket:
+            sockets.append(self._connect(address, deadline))
+            return sockets[0]
 
         def read_in_time(sock: Any, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
             source: Any = _Deadline(sock, deadline)
             return http.client.HTTPResponse(source, *arguments, **options)
 
+        connection._create_connection = connect_in_time  # type: ignore[attr-defined]
         connection.response_class = read_in_time  # type: ignore[assignment]
-        sock: socket.socket | None = None
+        reached = False
         try:
             connection.connect()
-            sock = connection.sock
-            with self._lock:
-                self._sockets.add(sock)
-            self._require_open()
-            sock.settimeout(max(1e-3, deadline - time.monotonic()))
+            reached = True
+            sockets.append(connection.sock)  # of https another than the one that was connected
+            self._hold(connection.sock)
+            connection.sock.settimeout(max(1e-3, deadline - time.monotonic()))
             target = f"{url.path}?{url.query}" if url.query else url.path
             connection.request("GET" if data is None else "POST", target, data, self._headers())
-            response = connection.getresponse()
-            content = self._read(response)
+            with connection.getresponse() as response:
+                content = self._read(response)
             self._require_open()  # a connection that was cut here can look like an answer that ended
         except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise Fault(str(error) or type(error).__name__, away=sock is None) from error
+            raise Fault(str(error) or type(error).__name__, away=not reached) from error
         finally:
             with self._lock:
-                self._sockets.discard(sock)
+                self._sockets.difference_update(sockets)
             connection.close()
         if response.status >= 300:
             _raise_status(response, content)
         return content
+
+    def _connect(self, address: tuple[str, int], deadline: float) -> socket.socket:
+        """As ``socket.create_connection``, but within one deadline for all addresses, and ``close`` ends it."""
+        places = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        for after, (*kind, _, place) in zip(reversed(range(len(places))), places, strict=True):
+            sock = socket.socket(*kind)
+            try:
+                self._hold(sock)
+                sock.settimeout(max(1e-3, min(_CONNECT_TIMEOUT, deadline - time.monotonic()) / (after + 1)))
+                sock.connect(place)
+                return sock
+            except BaseException as error:
+                with self._lock:
+                    self._sockets.discard(sock)
+                sock.close()
+                if not after or not isinstance(error, OSError):
+                    raise
+        raise OSError(f"{address[0]} has no address")
+
+    def _hold(self, sock: socket.socket) -> None:
+        """``close`` will cut it."""
+        with self._lock:
+            self._require_open()
+            self._sockets.add(sock)
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         """The whole answer; of an error, as much as comes."""
@@ -148,7 +180,7 @@ class Transport:
         try:
             while chunk := response.read1(1 << 16):
                 answer += chunk
-                if len(answer) > self.longest_answer:
+                if len(answer) > (self.longest_answer if response.status < 300 else _LONGEST_ERROR):
                     raise Fault(f"the answer is longer than {self.longest_answer} bytes")
             if expected is not None and len(answer) < expected:
                 raise Fault(f"the answer broke off after {len(answer)} of {expected} bytes")
@@ -228,15 +260,15 @@ def pause_before(tries: int, first_pause_s: float, asked_s: float | None = None)
     return min(_LONGEST_OWN_PAUSE, first_pause_s * 2.0 ** min(tries - 1, 16)) * random.uniform(0.5, 1.0)
 
 
-def _connection(url: SplitResult, timeout_s: float) -> http.client.HTTPConnection:
+def _connection(url: SplitResult) -> http.client.HTTPConnection:
     host = url.hostname or ""
     if url.scheme == "http":
-        return http.client.HTTPConnection(host, url.port, timeout=timeout_s)
+        return http.client.HTTPConnection(host, url.port)
     proxy = urllib.request.getproxies().get("https")
     if not proxy or urllib.request.proxy_bypass(host):
-        return http.client.HTTPSConnection(host, url.port, timeout=timeout_s)
+        return http.client.HTTPSConnection(host, url.port)
     way = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
-    connection = http.client.HTTPSConnection(way.hostname or "", way.port, timeout=timeout_s)
+    connection = http.client.HTTPSConnection(way.hostname or "", way.port)
     sign_in = base64.b64encode(f"{unquote(way.username or '')}:{unquote(way.password or '')}".encode()).decode()
     connection.set_tunnel(host, url.port, {"Proxy-Authorization": f"Basic {sign_in}"} if way.username else {})
     return connection
@@ -248,7 +280,8 @@ def _raise_status(response: http.client.HTTPResponse, content: bytes) -> None:
     text = " ".join(content[:2000].decode("utf-8", "replace").split())[:500]
     said = f"HTTP {status}: {text or response.reason}"
     if status in _MAY_PASS or status >= 500:
-        raise Fault(said, away=status in _AWAY, pause_s=_seconds(response.getheader("Retry-After")))
+        pause_s = _seconds(response.getheader("Retry-After"))
+        raise Fault(said, away=status in _AWAY, busy=status == _BUSY, pause_s=pause_s)
     raise Refusal(said, status)
 
 

@@ -9,7 +9,9 @@ Test it alone: ``pytest tests/core/test_http_engine.py``
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 from opd_env.errors import UserError
 from opd_env.http_client import HttpClient, RequestFailed, RequestRefused
@@ -34,7 +36,7 @@ def served_model(client: HttpClient) -> ServedModel:
     for url in client.urls:
         try:
             listed = client.ask(url, "/v1/models", timeout_s=30)["data"]
-            models = [ServedModel(str(one["id"]), int(one["max_model_len"])) for one in listed if not one.get("parent")]
+            models = [_read_model(one) for one in listed if not one.get("parent")]
         except (RequestFailed, RequestRefused) as error:
             raise UserError(
                 f"no vLLM server answers at {url} ({error}); start one with `vllm serve MODEL`, and wait until "
@@ -50,3 +52,10 @@ def served_model(client: HttpClient) -> ServedModel:
         shown = "; ".join(f"{url}: {model.name}, {model.max_context} tokens" for url, model in found.items())
         raise UserError(f"the servers of one pool must serve the same model with the same context, but {shown}")
     return first
+
+
+def _read_model(listed: Any) -> ServedModel:
+    name, context = listed["id"], listed["max_model_len"]
+    if not isinstance(name, str) or type(context) is not int or context < 2:
+        raise ValueError(f"a model {reprlib.repr(name)} with a context of {reprlib.repr(context)}")
+    return ServedModel(name, context)

@@ -4,6 +4,7 @@ Worked example::
 
     probe_servers(client, chat, local=student.model)        # silent, or a UserError
     probe_vllm(engine, chat, local=student.model)           # the same of one in this process
+    client.on_return = same_scores(client, chat)            # refuses a server that comes back with other weights
 
 Checked, with a few sequences that share their beginning: token ids come back as they were sent; the same seed samples
 the same tokens; scores do not depend on the order of requests or on what the prefix cache holds (vLLM issue 42019:
@@ -16,8 +17,9 @@ Test it alone: ``pytest tests/core/test_server_probe.py``
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -30,7 +32,7 @@ from opd_env.formats import ChatFormat
 from opd_env.http_client import HttpClient, RequestFailed, RequestRefused
 from opd_env.messages import user
 from opd_env.server_model import ServedModel, served_model
-from opd_env.server_scores import score_tokens
+from opd_env.server_scores import read_scores, score_tokens, scoring_body
 from opd_env.server_turns import read_completion, sampling_body
 from opd_env.vllm_engine import VLLMEngine
 
@@ -54,18 +56,42 @@ def probe_servers(client: HttpClient, chat: ChatFormat, local: Any = None) -> No
     """
     model = served_model(client)
     for url in client.urls:
-        alone = HttpClient([url], timeout_s=client.timeout_s, tries=2, patience_s=30, api_key=client.api_key)
-        try:
+        with _alone(client, url, model) as one:
             # Keys and values that the server holds of earlier weights, of another run too, are not to be read.
             salt = secrets.token_hex(8)
-            _probe(partial(_sample, alone, model, chat, salt), partial(_score, alone, model), chat, local)
-        except (RequestFailed, RequestRefused) as error:
-            raise UserError(
-                f"{url} does not return what is needed ({error}); it must be a vLLM server of version 0.11 or later "
-                "that takes token ids and gives return_token_ids, logprobs and prompt_logprobs"
-            ) from error
+            _probe(partial(_sample, one, model, chat, salt), partial(_score, one, model), chat, local)
+
+
+def same_scores(client: HttpClient, chat: ChatFormat) -> Callable[[str], None]:
+    """Remembers how the servers score a prompt, for servers whose weights are never to change.
+
+    Args:
+        client: the servers, which have been probed.
+        chat: the format of the prompt.
+
+    Returns:
+        What raises UserError when the server of a URL scores it otherwise.
+
+    Raises:
+        UserError: the servers do not score it alike.
+    """
+    model, row = served_model(client), list(chat.render_prompt([user(_QUESTION)], []))
+    advice = f"serve the same weights of {model.name} as when the run started, at every URL"
+    found: dict[str, NDArray[np.float32]] = {}
+    for url in client.urls:
+        with _alone(client, url, model) as one:
+            (found[url],) = _score(one, model, [row])
+            _agree(f"its scores and those of {client.urls[0]}", found[url], found[client.urls[0]], advice)
+
+    def look(url: str) -> None:
+        answer = client.ask(url, "/v1/completions", scoring_body(model, row, 0))
+        scores = read_scores(answer, row, range(1, len(row)), 0).logprobs_N
+        try:
+            _agree("its scores now and at the start", scores, found[url], advice)
         except _Different as error:
-            raise UserError(f"{url} ({model.name}) would bias training: {error}") from error
+            raise UserError(f"{url} would bias training: {error}") from error
+
+    return look
 
 
 def probe_vllm(engine: VLLMEngine, chat: ChatFormat, local: Any = None) -> None:
@@ -98,6 +124,20 @@ def probe_vllm(engine: VLLMEngine, chat: ChatFormat, local: Any = None) -> None:
 
 class _Different(Exception):
     """Numbers that must agree do not."""
+
+
+@contextmanager
+def _alone(client: HttpClient, url: str, model: ServedModel) -> Iterator[HttpClient]:
+    """A client of one server of the pool; what fails within is the user's to mend."""
+    try:
+        yield HttpClient([url], timeout_s=client.timeout_s, tries=2, patience_s=30, api_key=client.api_key)
+    except (RequestFailed, RequestRefused) as error:
+        raise UserError(
+            f"{url} does not return what is needed ({error}); it must be a vLLM server of version 0.11 or later "
+            "that takes token ids and gives return_token_ids, logprobs and prompt_logprobs"
+        ) from error
+    except _Different as error:
+        raise UserError(f"{url} ({model.name}) would bias training: {error}") from error
 
 
 def _probe(

@@ -14,6 +14,8 @@ Test it alone: ``pytest tests/core/test_server_probe.py``
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,9 @@ from opd_env.errors import UserError
 from opd_env.http_client import HttpClient
 from opd_env.server_model import ServedModel
 from opd_env.server_turns import FORBIDDEN, require_logprob
+
+_MOST_PROBABLE = 1.01
+"""Of all tokens at one position together; what lies above 1 is rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +66,20 @@ def score_tokens(
             f"an episode has {len(ids)} tokens, but the server of {model.name} scores {model.max_context - 1} at most; "
             "lower limits.max_tokens, or raise the server's --max-model-len"
         )
-    body = {
+    body = scoring_body(model, ids, k)
+    return client.post("/v1/completions", body, lambda answer: read_scores(answer, ids, positions, k))
+
+
+def scoring_body(model: ServedModel, token_ids: Sequence[int], k: int) -> dict[str, Any]:
+    """The JSON that asks for the scores of a row."""
+    return {
         "model": model.name,
-        "prompt": ids,
+        "prompt": list(token_ids),
         "max_tokens": 1,
         "temperature": 0.0,
         "prompt_logprobs": k,
         "return_token_ids": True,
     }
-    return client.post("/v1/completions", body, lambda answer: read_scores(answer, ids, positions, k))
 
 
 def no_scores(k: int) -> TokenScores:
@@ -89,14 +99,19 @@ def read_scores(answer: Any, token_ids: Sequence[int], positions: Sequence[int],
         raise ValueError(f"scores of {len(entries)} tokens for a row of {len(token_ids)}")
     logprobs, topk_ids, topk_logprobs = [], [], []
     for position in positions:
-        found = {int(token): require_logprob(entry["logprob"]) for token, entry in entries[position].items()}
+        found = {_token(name): require_logprob(entry["logprob"]) for name, entry in entries[position].items()}
         token = token_ids[position]
         logprobs.append(found[token])
         if len(found) not in (max(k, 1), k + 1):
             raise ValueError(f"{len(found)} log-probs at position {position}, asked for {k} and the token's own")
-        if len(found) == k + 1:
-            found.pop(token)  # not among the k most likely
-        ranked = sorted(found.items(), key=lambda item: -item[1])[:k]
+        if sum(map(math.exp, found.values())) > _MOST_PROBABLE:
+            raise ValueError(f"the tokens at position {position} are likelier than 1 together")
+        ranked = sorted(found.items(), key=lambda item: -item[1])
+        if k and len(found) == k + 1:  # the token is not among the k most likely
+            if found[token] > ranked[-1][1]:
+                raise ValueError(f"token {token} at position {position} is likely, and yet beyond the {k} most likely")
+            ranked.remove((token, found[token]))
+        ranked = ranked[:k]
         topk_ids.append([index for index, _ in ranked])
         topk_logprobs.append([logprob for _, logprob in ranked])
     shape = (len(positions), k)
@@ -105,6 +120,13 @@ def read_scores(answer: Any, token_ids: Sequence[int], positions: Sequence[int],
         np.asarray(topk_ids, dtype=np.int64).reshape(shape),
         _with_infinities(topk_logprobs, shape),
     )
+
+
+def _token(name: Any) -> int:
+    token = int(name)
+    if not 0 <= token < 1 << 31 or str(token) != str(name):
+        raise ValueError(f"{reprlib.repr(name)} is no token")
+    return token
 
 
 def _with_infinities(values: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:

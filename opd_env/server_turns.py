@@ -16,7 +16,7 @@ Test it alone: ``pytest tests/core/test_http_engine.py``
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +25,8 @@ from opd_env.errors import UserError
 
 FORBIDDEN = -9999.0
 """What vLLM writes for a log-prob of −inf."""
+_LOWEST = -3.5e38
+"""No float32 lies below."""
 
 
 def require_samplable(request: Request, max_context: int) -> None:
@@ -82,13 +84,15 @@ def read_completion(answer: Any, request: Request, stop_token_ids: Sequence[int]
         raise ValueError(f"{len(ids)} tokens with {len(logprobs)} log-probs, max_tokens={request.params.max_tokens}")
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise ValueError(f"token {token!r} is not one of the tokenizer's {vocab_size}")
+            raise ValueError(f"token {reprlib.repr(token)} is not one of the tokenizer's {vocab_size}")
     for logprob in logprobs:
         if require_logprob(logprob) <= FORBIDDEN:
             raise ValueError("a sampled token has probability 0")
     reason, stopped = choice["finish_reason"], ids[-1] in stop_token_ids
     if reason not in ("stop", "length") or stopped != (reason == "stop"):
-        raise ValueError(f"the turn ended with {reason!r} at token {ids[-1]}; turns end at {list(stop_token_ids)}")
+        raise ValueError(
+            f"the turn ended with {reprlib.repr(reason)} at token {ids[-1]}; turns end at {list(stop_token_ids)}"
+        )
     if not stopped and len(ids) < request.params.max_tokens:
         raise ValueError(f"the turn broke off after {len(ids)} tokens of {request.params.max_tokens}")
     return Completion(request.episode, ids, [min(0.0, float(one)) for one in logprobs], truncated=not stopped)
@@ -100,6 +104,6 @@ def require_logprob(value: Any) -> float:
     Raises:
         ValueError: not a number, or above 0 by more than rounding.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
-        raise ValueError(f"{value!r} is not a log-prob")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _LOWEST <= value <= 1e-3:
+        raise ValueError(f"{reprlib.repr(value)} is not a log-prob")
     return float(value)

@@ -22,7 +22,7 @@ from opd_env.formats import ChatFormat, TemplateFormat
 from opd_env.http_client import RequestRefused, client_of, is_url
 from opd_env.messages import user
 from opd_env.models import LoadedModel, load_model, load_outline, weights_hash
-from opd_env.server_probe import probe_servers, probe_vllm
+from opd_env.server_probe import probe_servers, probe_vllm, same_scores
 from opd_env.server_scores import score_tokens
 from opd_env.tasks import Task
 from opd_env.tools import list_tools
@@ -193,6 +193,7 @@ def _served(urls: str, config: OPDConfig, chat: TemplateFormat, prompt: Prompt |
             f"{longest} tokens and one that it samples; raise --max-model-len, or lower limits.max_tokens"
         )
     probe_servers(client, chat)
+    client.on_return = same_scores(client, chat)
     if config.needs_distributions:
         try:
             score_tokens(client, teacher.model, chat.render_prompt([user("?")])[:2], [1], config.topk_tokens)

@@ -50,12 +50,12 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
     window = text[start : start + 4096]
     try:
         try:
-            value, length = _DECODER.raw_decode(window)
+            value, length = DECODER.raw_decode(window)
         except json.JSONDecodeError as error:
             cut = error.pos >= len(window) - 8 or error.msg.startswith("Unterminated string")
             if len(window) < 4096 or not cut:
                 raise
-            value, length = _DECODER.raw_decode(text[start:])
+            value, length = DECODER.raw_decode(text[start:])
     except json.JSONDecodeError as error:
         unfinished = error.msg.startswith("Unterminated string") or skip_space(text, start + error.pos) == len(text)
         raise JSONProblem(f"{error.msg} at character {error.pos + 1}", unfinished) from None
@@ -194,4 +194,4 @@ def is_unicode(value: object) -> bool:
 
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
-_DECODER = _Decoder()
+DECODER = _Decoder()

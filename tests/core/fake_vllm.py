@@ -180,8 +180,9 @@ class FakeVLLM:
         """Whether that was the answer."""
         if fault.isdigit():
             handler.answer(int(fault), {"error": {"message": "no"}})
-        elif fault.startswith("429:"):
-            handler.answer(429, {}, {"Retry-After": fault.removeprefix("429:")})
+        elif ":" in fault:
+            status, seconds = fault.split(":")
+            handler.answer(int(status), {}, {"Retry-After": seconds})
         elif fault == "garbage":
             handler.answer(200, {"choices": "none"})
         elif fault == "not json":

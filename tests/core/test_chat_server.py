@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -78,6 +79,24 @@ def test_a_fault_that_passes_is_tried_again(fault: Answer) -> None:
     with chat_api(lambda body, number: fault if number < 2 else says("42")) as api:
         assert ask(api.url, timeout_s=1.0).text == "42"
     assert len(api.requests) == 3
+
+
+@pytest.mark.parametrize(("tokens", "counted"), [("1e999", 0), ("true", 0), ('"7"', 0), ("NaN", 0), ("7", 7)])
+def test_a_count_of_tokens_that_is_none_counts_as_none(tokens: str, counted: int) -> None:
+    answer = f'{{"choices": [{{"message": {{"content": "42"}}}}], "usage": {{"total_tokens": {tokens}}}}}'
+    with chat_api(lambda body, number: Answer(answer.encode())) as api:
+        assert ask(api.url).total_tokens == counted
+
+
+@pytest.mark.parametrize("depth", [100, 500, 900, 950, 990, 5000])
+def test_arguments_however_deep_are_a_call_or_a_fault(depth: int) -> None:
+    call = b'{"function": {"name": "f", "arguments": {"x": %s}}}' % (b"[" * depth + b"]" * depth)
+    with chat_api(lambda body, number: Answer(b'{"choices": [{"message": {"tool_calls": [%s]}}]}' % call)) as api:
+        if depth == 100:
+            assert ask(api.url, tries=1).calls[0].arguments.count("[") == depth
+        else:  # Python's own limit
+            with suppress(ServerFault):
+                assert ask(api.url, tries=1).calls[0].arguments.count("[") == depth
 
 
 def test_a_fault_that_stays_ends_after_the_tries_and_tells_the_last() -> None:

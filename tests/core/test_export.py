@@ -70,6 +70,15 @@ def test_an_inspect_sample_has_calls_answers_and_errors_in_order(tmp_path: Path)
     assert sample["scores"]["correct"]["answer"] == "42"
 
 
+@pytest.mark.parametrize("value", ["NaN", "1e999", r'"\ud83d"', "[" * 100_000])
+def test_arguments_that_no_log_can_hold_are_shown_as_they_were_written(tmp_path: Path, value: str) -> None:
+    written = f'{{"expression": {value}}}'
+    call = Call("calculator", written, "no JSON", ToolErrorKind.INVALID_JSON)
+    (sample,) = inspect_log(tmp_path, make_trajectory(turns=[[call], ["?"]]))["samples"]
+    (shown,) = sample["messages"][1]["tool_calls"]
+    assert (shown["arguments"], shown["parse_error"]) == ({}, written)
+
+
 def test_what_the_user_said_later_stands_between_the_turns_in_inspect(tmp_path: Path) -> None:
     one = make_trajectory(turns=[["pens pens"], ["It is 42."]])
     asked = replace(one, turns=(replace(one.turns[0], user="And now?"), one.turns[1]))

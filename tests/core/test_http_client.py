@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from opd_env import http_client
 from opd_env.http_client import HttpClient, RequestFailed, RequestRefused, ServersDown
 from tests.core.fake_vllm import FakeVLLM
 
@@ -123,6 +125,64 @@ def test_a_server_gets_no_work_before_what_it_needs_on_its_return_is_done_and_ge
         client.post("/v1/completions", BODY, tokens)
         assert len(returns) == 3
         assert len(server.requests) == 1
+
+
+def idle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "_IDLE_S", 0.05)
+
+
+def test_a_server_that_was_idle_is_looked_at_once_before_it_gets_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle_at_once(monkeypatch)
+    with FakeVLLM() as server:
+        client, seen = quick(server.url), list[int]()
+        client.on_return = lambda url: (time.sleep(0.1), seen.append(len(server.requests)))[0]
+        for requests in (8, 16):
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda _: client.post("/v1/completions", BODY, tokens), range(8)))
+            assert len(server.requests) == requests
+            client.post("/v1/completions", BODY, tokens) if requests == 16 else time.sleep(0.1)
+        assert seen == [0, 8]  # not before the last, which follows at once
+
+
+def test_an_idle_server_that_is_not_what_it_was_gets_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle_at_once(monkeypatch)
+    with FakeVLLM() as first, FakeVLLM() as second:
+        client = quick(first.url, second.url, patience_s=0.5)
+
+        def look(url: str) -> None:
+            if url in changed:
+                raise ValueError("it serves another model")
+
+        client.on_return, changed = look, [first.url]
+        for key in range(8):
+            client.post("/v1/completions", BODY, tokens, key=key)
+        assert (len(first.requests), len(second.requests)) == (0, 8)
+        changed.append(second.url)
+        time.sleep(0.1)
+        with pytest.raises(ServersDown, match=f"{second.url}: it serves another model"):
+            client.post("/v1/completions", BODY, tokens)
+        assert len(second.requests) == 8
+
+
+@pytest.mark.parametrize(("fault", "looks"), [("503:0.01", 2), ("500", 2), ("429:0.01", 1), ("429", 1)])
+def test_a_server_is_looked_at_after_each_fault_but_that_of_being_busy(fault: str, looks: int) -> None:
+    with FakeVLLM() as server:
+        client, seen = quick(server.url), list[str]()
+        client.on_return = seen.append
+        client.post("/v1/completions", BODY, tokens)
+        server.faults = [fault]
+        client.post("/v1/completions", BODY, tokens)
+        assert len(seen) == looks
+
+
+@pytest.mark.parametrize("error", [OverflowError("x" * 10_000_000), RecursionError(), KeyError("choices")])
+def test_whatever_reading_an_answer_meets_fails_the_request_in_few_words(error: Exception) -> None:
+    def read(answer: Any) -> None:
+        raise error
+
+    with FakeVLLM() as server, pytest.raises(RequestFailed, match=type(error).__name__) as caught:
+        quick(server.url, tries=2).post("/v1/completions", BODY, read)
+    assert len(str(caught.value)) < 2000
 
 
 def test_an_answer_from_before_a_servers_fault_does_not_make_it_healthy() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from opd_env import http_client
 from opd_env.engine import GREEDY, Request, SamplingParams
 from opd_env.errors import UserError
 from opd_env.formats import get_format
@@ -205,6 +206,21 @@ def test_a_process_that_follows_samples_from_the_weights_of_another_and_gives_th
         first.close()
 
 
+def test_a_server_that_restarted_while_nothing_was_under_way_gets_the_weights_before_it_samples(
+    server: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_client, "_IDLE_S", 0.05)
+    new = tiny_llama(seed=7, initializer_range=0.3)
+    engine = engine_of(server, folder=tmp_path)
+    engine.update_weights(new)
+    server.kill()
+    server.start()
+    time.sleep(0.1)
+    ours, theirs = own_logprobs(new, play(engine))
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    assert server.loads == 2
+
+
 def test_a_server_that_is_away_during_an_update_gets_it_when_it_is_back(server: FakeVLLM, tmp_path: Path) -> None:
     new = tiny_llama(seed=7, initializer_range=0.3)
     with FakeVLLM() as second:
@@ -230,8 +246,17 @@ def test_a_server_that_is_away_during_an_update_gets_it_when_it_is_back(server: 
         ({"token_ids": [7]}, "1 tokens with 2"),
         ({"token_ids": [7, 10_000]}, "not one of"),
         ({"token_ids": [7, True]}, "not one of"),
+        ({"token_ids": [7, -1]}, "not one of"),
+        ({"token_ids": [7, [[]] * 10**6]}, "not one of"),
+        ({"token_ids": "78"}, "not one of"),
         ({"logprobs": {"token_logprobs": [-1.0, 0.5]}}, "not a log-prob"),
         ({"logprobs": {"token_logprobs": [-1.0, None]}}, "not a log-prob"),
+        ({"logprobs": {"token_logprobs": [-1.0, float("nan")]}}, "not a log-prob"),
+        ({"logprobs": {"token_logprobs": [-1.0, float("-inf")]}}, "not a log-prob"),
+        ({"logprobs": {"token_logprobs": [-1.0, -(10**400)]}}, "not a log-prob"),
+        ({"logprobs": {"token_logprobs": [-1.0, 10**400]}}, "not a log-prob"),
+        ({"logprobs": {"token_logprobs": [-1.0, False]}}, "not a log-prob"),
+        ({"logprobs": {"token_logprobs": [-1.0, "x" * 10**6]}}, "not a log-prob"),
         ({"logprobs": {"token_logprobs": [-1.0, -9999.0]}}, "probability 0"),
         ({"prompt_token_ids": [0, 5, 6]}, "another prompt"),
         ({"finish_reason": "abort"}, "ended with"),
@@ -247,8 +272,9 @@ def test_answers_that_would_bias_training_are_no_answers(change: dict[str, Any],
     }  # fmt: skip
     found = read_completion({"choices": [choice]}, request, CHAT.stop_token_ids, CHAT.vocab_size)
     assert found.logprobs == [-1.0, -2.0]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         read_completion({"choices": [{**choice, **change}]}, request, CHAT.stop_token_ids, CHAT.vocab_size)
+    assert len(str(caught.value)) < 500
 
 
 def test_what_servers_cannot_do_is_refused_before_it_starts(server: FakeVLLM) -> None:

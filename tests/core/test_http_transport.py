@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from hypothesis import given
@@ -78,6 +80,8 @@ def test_an_answer_is_read_whole_however_its_length_is_told(data: bytes, answer:
         (b'HTTP/1.0 200 OK\r\n\r\n{"a": ', "not JSON"),
         (OK + b"\r\n" + b"[" * 100_000, "not JSON"),
         (OK + b"\r\n\xff", "not JSON"),
+        (OK + b"\r\n" + b"9" * 5000, "not JSON"),
+        (OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"{}"), "not JSON"),  # nobody asked for it
         (b"HTTP/1.1 500 No\r\nContent-Length: 90\r\n\r\nsorry", "HTTP 500: sorry"),
         (b"HTTP/1.1 502 Bad Gateway\r\n\r\n", "HTTP 502: Bad Gateway"),
     ],
@@ -103,6 +107,80 @@ def test_what_will_not_pass_is_a_refusal_in_the_servers_words_even_when_they_bre
     with pytest.raises(Refusal, match=f"HTTP {status}: no such model") as caught:
         ask(f"HTTP/1.1 {status} No\r\nContent-Length: 1000\r\nLocation: /x\r\n\r\nno such\n model".encode())
     assert caught.value.status == status
+
+
+def test_of_an_endless_error_no_more_is_read_than_is_shown() -> None:
+    def endless(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 500 No\r\n\r\n")
+        for _ in range(1000):
+            connection.sendall(b"sorry " * 10_000)
+        written.append("all of it")
+
+    written: list[str] = []
+    with raw_server(endless) as url, pytest.raises(Fault, match="HTTP 500: sorry") as caught:
+        Transport().ask(url, timeout_s=60)
+    assert len(str(caught.value)) < 1000
+    assert not written
+
+
+@contextmanager
+def deaf_server() -> Iterator[str]:
+    """Accepts no more connections: the next one waits to be made."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
+        for _ in range(3):
+            early = stack.enter_context(socket.socket())
+            early.setblocking(False)
+            early.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_the_deadline_holds_for_all_addresses_of_a_host_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **b: look_up(*a, **b) * 4)
+    with deaf_server() as url:
+        started = time.monotonic()
+        with pytest.raises(Fault, match="timed out") as caught:
+            Transport().ask(url, timeout_s=0.4)
+        assert 0.35 < time.monotonic() - started < 0.8
+    assert caught.value.away
+
+
+def test_a_second_address_is_tried_when_the_first_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = socket.getaddrinfo
+    with deaf_server() as deaf, raw_server(sends(OK + b"Content-Length: 2\r\n\r\n{}")) as url:
+        port = int(deaf.split(":")[2])
+        both = [*look_up("127.0.0.1", port, type=socket.SOCK_STREAM), *look_up("127.0.0.1", int(url.split(":")[2]))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **b: both[:2])
+        assert Transport().ask(url, timeout_s=1) == {}
+
+
+def test_closing_ends_a_connection_that_is_being_made() -> None:
+    transport, ended = Transport(), []
+
+    def wait() -> None:
+        with pytest.raises(Fault):
+            transport.ask(url, timeout_s=60)
+        ended.append(time.monotonic())
+
+    with deaf_server() as url:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.2)
+        closed = time.monotonic()
+        transport.close()
+        thread.join(5)
+    assert ended[0] - closed < 1
+
+
+def test_a_process_forked_from_one_that_has_asked_asks_on_connections_of_its_own() -> None:
+    with raw_server(sends(OK + b"Content-Length: 2\r\n\r\n{}")) as url:
+        transport = Transport()
+        transport.ask(url, timeout_s=5)
+        child = os.fork()
+        if not child:
+            os._exit(0 if transport.ask(url, timeout_s=5) == {} else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert transport.ask(url, timeout_s=5) == {}
 
 
 def test_nobody_there_is_a_server_that_is_away() -> None:
