@@ -10,7 +10,8 @@ Worked example::
 A second Ctrl-C, while the first is postponed, raises at once.
 
 Processes that train together must stop at the same moment, or one would wait for the others for ever: with ``agree``
-every signal waits for the end of the next postponed block, where all of them ask each other.
+every signal waits for the end of the next postponed block, where all of them ask each other. A second one raises
+``StoppedAtOnce``: this process has left the others, and can do nothing more that takes all of them.
 
 Test it alone: ``pytest tests/trainer/test_interruption.py``
 """
@@ -25,6 +26,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """One of several processes stops without the others, somewhere: nothing that takes all of them can follow."""
+
+
 class Interruption:
     """Turns SIGINT and SIGTERM into ``KeyboardInterrupt`` at a moment when the run can be continued.
 
@@ -32,10 +37,12 @@ class Interruption:
 
     Args:
         agree: whether any process was asked to stop, given whether this one was; None when there is only one.
+        ended: whether one of the others has ended, so that there is nobody to agree with.
     """
 
-    def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:
+    def __init__(self, agree: Callable[[bool], bool] | None = None, ended: Callable[[], bool] = lambda: False) -> None:
         self._agree = agree
+        self._ended = ended
         self._postponing = False
         self._requested = False
         self._before: dict[signal.Signals, Any] = {}
@@ -67,7 +74,8 @@ class Interruption:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if (self._postponing or self._agree is not None) and not self._requested:
-            self._requested = True
-        else:
+        if self._agree is None and (self._requested or not self._postponing):
             raise KeyboardInterrupt
+        if self._agree is not None and (self._requested or self._ended()):
+            raise StoppedAtOnce
+        self._requested = True

@@ -41,8 +41,9 @@ from opd_env.trainer.checkpoint import Checkpoints
 from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.display import Display
 from opd_env.trainer.engine_setup import make_engine, require_same_policy, update_engine
+from opd_env.trainer.heartbeat import Heartbeat
 from opd_env.trainer.held_out import HeldOut
-from opd_env.trainer.interruption import Interruption
+from opd_env.trainer.interruption import Interruption, StoppedAtOnce
 from opd_env.trainer.learner import Learner
 from opd_env.trainer.metrics import MetricsLog, read_metrics
 from opd_env.trainer.order import StepProblems
@@ -76,8 +77,14 @@ class OPDTrainer:
         console: Console | None = None,
     ) -> None:
         self.config = config
-        self.folder = RunFolder(config)
         self.accelerator = make_accelerator(config)
+        self.heartbeat = Heartbeat(self.accelerator)
+        with self.heartbeat:
+            self._build(student, teacher, console)
+
+    def _build(self, student: LoadedModel | None, teacher: LoadedModel | None, console: Console | None) -> None:
+        config = self.config
+        self.folder = RunFolder(config)
         self.parts: Parts = make_parts(config, self.accelerator.device, student=student, teacher=teacher)
         self.updater = Updater(
             PolicyModule(
@@ -124,8 +131,8 @@ class OPDTrainer:
         config, step = self.config, 0
         agree = self._any_process if self.accelerator.num_processes > 1 else None
         with (
-            Interruption(agree) as interruption, self.display, self._left(),
-            closing(self.parts.teachers), closing(self.engine),
+            Interruption(agree, lambda: self.heartbeat.ended) as interruption,
+            self.heartbeat, self.display, self._left(), closing(self.parts.teachers), closing(self.engine),
         ):  # fmt: skip
             self._open()
             results = self.folder.read_results()
@@ -167,6 +174,13 @@ class OPDTrainer:
                             self._save(step, time.perf_counter() - started)
                     advance(step, _shown(metrics))
                 results["after"] = self.held_out.evaluate("after", self.engine, f"{config.student} after {step} steps")
+            except StoppedAtOnce:
+                if not self.heartbeat.ended:
+                    self.display.warn(
+                        f"stopped at once, by a second signal. {self._last_checkpoint()}; start the same command again "
+                        "to continue"
+                    )
+                raise
             except KeyboardInterrupt:
                 if settled and step > 0 and step not in self.checkpoints.steps():
                     self._save(step, time.perf_counter() - started)
@@ -179,9 +193,15 @@ class OPDTrainer:
         """Leaves the group of processes last: a vLLM of this process uses it until it is closed."""
         try:
             yield
-        except KeyboardInterrupt:
-            leave(self.accelerator)
+        except StoppedAtOnce:
             raise
+        except KeyboardInterrupt:
+            self._leave()
+            raise
+        self._leave()
+
+    def _leave(self) -> None:
+        self.heartbeat.stop()
         leave(self.accelerator)
 
     def _update_engine(self) -> None:

@@ -23,6 +23,10 @@ from opd_env.trainer.update import TrainingError
 Result = TypeVar("Result")
 
 
+class AnotherFailed(TrainingError):
+    """Another process failed at what it does for all, or beside this one, which ends with it."""
+
+
 def on_main(accelerator: Any, function: Callable[[], Result]) -> Result:
     """Calls ``function`` in the main process; returns what it returned, in every process.
 
@@ -31,7 +35,7 @@ def on_main(accelerator: Any, function: Callable[[], Result]) -> Result:
         function: its result can be pickled.
 
     Raises:
-        TrainingError: it failed in the main process, which raises the error itself.
+        AnotherFailed: it failed in the main process, which raises the error itself.
     """
     return on_each(lambda: function() if accelerator.is_main_process else None)[0]  # type: ignore[return-value]
 
@@ -43,7 +47,7 @@ def on_each(function: Callable[[], Result]) -> list[Result]:
         function: its result can be pickled.
 
     Raises:
-        TrainingError: it failed in another process; where it failed, the error itself.
+        AnotherFailed: it failed in another process; where it failed, the error itself.
     """
     outcome: tuple[Any, str] = None, ""
     error = None
@@ -56,5 +60,5 @@ def on_each(function: Callable[[], Result]) -> list[Result]:
         raise error
     for number, (_, failure) in enumerate(everyone):
         if failure:
-            raise TrainingError(f"{f'process {number}' if number else 'the main process'} failed: {failure}")
+            raise AnotherFailed(f"{f'process {number}' if number else 'the main process'} failed: {failure}")
     return [result for result, _ in everyone]

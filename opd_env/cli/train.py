@@ -24,9 +24,15 @@ def _train(arguments: Sequence[str]) -> int:
 
     from opd_env.cli.tables import before_after_table
     from opd_env.trainer import OPDTrainer
+    from opd_env.trainer.heartbeat import EndedByAnother
 
-    trainer = OPDTrainer(config)
-    results = trainer.train()
+    try:
+        trainer = OPDTrainer(config)
+        results = trainer.train()
+    except EndedByAnother as end:
+        if end.shown:
+            raise
+        return 2
     if trainer.accelerator.is_main_process:
         console = Console()
         console.print(before_after_table(results))

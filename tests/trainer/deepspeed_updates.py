@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,3 @@ def main(folder: Path, stage: int) -> None:
         (folder / "found.json").write_text(json.dumps(found))
     updater.accelerator.wait_for_everyone()
     leave(updater.accelerator)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

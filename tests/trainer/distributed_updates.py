@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +93,3 @@ def main(folder: Path) -> None:
         (folder / "found.json").write_text(json.dumps(found))
     accelerator.wait_for_everyone()
     leave(accelerator)
-
-
-if __name__ == "__main__":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    main(Path(sys.argv[1]))

@@ -9,14 +9,19 @@ from accelerate import Accelerator
 
 from opd_env.trainer.checkpoint import Checkpoints
 from opd_env.trainer.state import restore
+from tests.trainer import deepspeed_updates
 from tests.trainer.deepspeed_updates import KINDS
 from tests.trainer.distributed_updates import TRAJECTORIES, train, updater_of
-from tests.trainer.test_distributed import ROOT, launch
+from tests.trainer.together import ends, together
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed: make test-deepspeed"),
 ]
+
+
+def updates_in_all(rank, folder, stage):
+    deepspeed_updates.main(folder, stage)
 
 
 def alone(kind):
@@ -31,10 +36,8 @@ def alone(kind):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_gives_the_weights_of_one_process(tmp_path, stage):
     """Micro-batches that differ in number between processes, clipped gradients, five updates in float32."""
-    running = launch(
-        2, ROOT / "tests/trainer/deepspeed_updates.py", tmp_path, stage, environment={"DS_ACCELERATOR": "cpu"}
-    )
-    assert running.wait(timeout=250) == 0
+    with together(2, tmp_path, updates_in_all, tmp_path, stage, environment={"DS_ACCELERATOR": "cpu"}) as lives:
+        assert ends(lives, within=250) == [0, 0]
     found = json.loads((tmp_path / "found.json").read_text())
     for kind in KINDS:
         updater, first, last = alone(kind)

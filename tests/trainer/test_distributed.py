@@ -1,10 +1,7 @@
 """Any number of processes, whole or sharded weights, kept or recomputed activations: the same update."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
 
 from opd_env.configuration import ConfigError
 from opd_env.models import load_model
@@ -23,48 +18,29 @@ from opd_env.trainer.checkpoint import Checkpoints
 from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.setup import make_accelerator
 from opd_env.trainer.state import restore
-from tests.trainer.distributed_updates import KINDS, TRAJECTORIES, train, updater_of
+from tests.trainer import distributed_updates
+from tests.trainer.distributed_updates import KINDS, TRAJECTORIES, accelerator_of, train, updater_of
 from tests.trainer.test_loop import trainer_of
+from tests.trainer.together import CONFIGS, ends, launcher_environment, together
 from tests.trainer.toy import toy_config
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs" / "accelerate"
 
 
-def launcher_environment(name):
-    """What ``accelerate launch --config_file`` sets in the processes that it starts."""
-    config = load_config_from_file(str(CONFIGS / name))
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-
-    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / name), "script.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    assert arguments.num_processes == config.num_processes
-    return prepare_multi_gpu_env(arguments)
-
-
-@pytest.fixture(scope="module")
-def sharding():
-    """The variables of the shipped FSDP2 configuration."""
-    return {name: value for name, value in launcher_environment("fsdp2.yaml").items() if "FSDP" in name}
-
-
-def launch(processes, script, *arguments, environment=None, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
-    command += [str(script), *map(str, arguments)]
-    return subprocess.Popen(command, env={**os.environ, **settings}, cwd=ROOT, **options)
+def updates_in_all(rank, folder):
+    distributed_updates.main(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_kind_of_parallelism_gives_the_weights_of_one_process(tmp_path, sharding, processes):
     """Seven episodes in different numbers of micro-batches on every process, five updates: equal to 1e-9."""
-    running = launch(processes, ROOT / "tests/trainer/distributed_updates.py", tmp_path, environment=sharding)
-    alone = {}
-    for kind in KINDS:
-        updater = updater_of(kind, Accelerator(cpu=True))
-        alone[kind] = train(updater, 5), updater.parameters
-    assert running.wait(timeout=250) == 0
+    with together(processes, tmp_path, updates_in_all, tmp_path, environment=sharding) as lives:
+        alone = {}
+        for kind in KINDS:
+            updater = updater_of(kind, Accelerator(cpu=True))
+            alone[kind] = train(updater, 5), updater.parameters
+        assert ends(lives, within=250) == [0] * processes
     found = json.loads((tmp_path / "found.json").read_text())
     for kind, (update, parameters) in alone.items():
         assert found[kind]["tokens"] == update.num_tokens == sum(one.num_sampled for one in TRAJECTORIES)
@@ -133,16 +109,9 @@ def test_bf16_computes_in_bf16_and_keeps_the_weights_in_float32():
     assert abs(update.loss - reference.loss) > 1e-6
 
 
-_RUN = """
-import sys
-import time
-from tests.trainer.distributed_updates import accelerator_of
-from tests.trainer.test_distributed import small_run
-from tests.trainer.test_loop import trainer_of
-
-accelerator_of(sys.argv[2])
-trainer_of(small_run(sys.argv[1])).train()
-"""
+def run_in_two(rank, folder, kind, changes):
+    accelerator_of(kind)
+    trainer_of(small_run(folder, **changes)).train()
 
 
 def small_run(folder, **changes):
@@ -153,20 +122,24 @@ def steps_of(folder):
     return [row for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
 
 
+_AHEAD = {"rollout_ahead": True, "ratio_policy": "current", "learning_rate": 1e-4}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_run_on_two_processes_learns_what_one_learns(tmp_path, sharding, kind):
-    """Rollouts, teacher scores, two updates per step, evaluations, a saved model."""
-    script = tmp_path / "script.py"
-    script.write_text(_RUN)
+@pytest.mark.parametrize(
+    ("kind", "changes", "apart"),
+    [("ddp", {}, 5e-6), ("fsdp2", {}, 5e-6), ("ddp", _AHEAD, 1e-6), ("fsdp2", _AHEAD, 1e-6)],
+)
+def test_a_run_on_two_processes_learns_what_one_learns(tmp_path, sharding, kind, changes, apart):
+    """Rollouts, in turn with training or one step ahead, teacher scores, two updates per step, evaluations, a model."""
     two, one = tmp_path / "two", tmp_path / "one"
-    running = launch(2, script, two, kind, environment={**sharding, "ACCELERATE_USE_CPU": "true"})
-    trainer = trainer_of(small_run(one))
-    trainer.train()
-    assert running.wait(timeout=240) == 0
+    with together(2, tmp_path, run_in_two, two, kind, changes, environment=sharding) as lives:
+        trainer = trainer_of(small_run(one, **changes))
+        trainer.train()
+        assert ends(lives, within=240) == [0, 0]
     model = load_model(str(two / "model")).model
     for name, value in model.named_parameters():
-        torch.testing.assert_close(value, trainer.updater.parameters[name], rtol=0, atol=5e-6, msg=name)
+        torch.testing.assert_close(value, trainer.updater.parameters[name], rtol=0, atol=apart, msg=name)
     for left, right in zip(steps_of(one), steps_of(two), strict=True):
         for name in ("teacher/kl", "train/loss", "train/grad_norm", "rollout/sampled_tokens"):
             assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-5)
@@ -193,34 +166,23 @@ def test_what_accelerate_cannot_do_right_here_is_refused(tmp_path, monkeypatch, 
         make_accelerator(toy_config(tmp_path / "run"))
 
 
-_STOPPED = """
-import os, sys
-from pathlib import Path
-from tests.trainer.test_distributed import small_run
-from tests.trainer.test_loop import trainer_of
-
-Path(f"{sys.argv[1]}.{os.environ['RANK']}").write_text(str(os.getpid()))
-try:
-    trainer_of(small_run(sys.argv[1], steps=200)).train()
-except KeyboardInterrupt:
-    Path(f"{sys.argv[1]}.{os.environ['RANK']}.stopped").touch()
-"""
+def stopped(rank, folder):
+    try:
+        trainer_of(small_run(folder, steps=200)).train()
+    except KeyboardInterrupt:
+        return 130
 
 
-@pytest.mark.slow
 def test_ctrl_c_stops_all_processes_at_the_same_step_with_a_checkpoint(tmp_path):
     """The signal reaches one process in its rollout and the other in its update: neither waits for ever."""
-    script, run = tmp_path / "script.py", tmp_path / "run"
-    script.write_text(_STOPPED)
-    running = launch(2, script, run, environment={"ACCELERATE_USE_CPU": "true"})
-    deadline = time.monotonic() + 150
-    while not (run / "metrics.jsonl").exists() or len(steps_of(run)) < 2:
-        assert time.monotonic() < deadline
-        assert running.poll() is None
-        time.sleep(0.01)
-    for rank in (0, 1):
-        os.kill(int((tmp_path / f"run.{rank}").read_text()), signal.SIGINT)
-        time.sleep(0.05)
-    assert running.wait(timeout=100) == 0
-    assert all((tmp_path / f"run.{rank}.stopped").exists() for rank in (0, 1))
+    run = tmp_path / "run"
+    with together(2, tmp_path, stopped, run) as lives:
+        deadline = time.monotonic() + 150
+        while not (run / "metrics.jsonl").exists() or len(steps_of(run)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for life in lives:
+            life.signal(signal.SIGINT)
+            time.sleep(0.05)
+        assert ends(lives, within=100) == [130, 130]
     assert Checkpoints(run / "checkpoints").newest().step == steps_of(run)[-1]["step"] < 200
