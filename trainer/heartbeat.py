@@ -213,10 +213,10 @@ class Heartbeat:
         try:
             before = store.multi_get(keys)
             time.sleep(3 * INTERVAL_S)
-            after = store.multi_get(keys)
+            pairs = list(zip(before, store.multi_get(keys), strict=True))
         except RuntimeError:
             return f"{self._name(0)} cannot be reached any more"
-        gone = [rank for rank, beat in enumerate(before) if beat == after[rank] != _LEFT.encode() and rank != self._rank]
+        gone = [n for n, (one, other) in enumerate(pairs) if one == other != _LEFT.encode() and n != self._rank]
         return f"{self._names(gone) if gone else 'another process'} is gone: killed, or its machine is lost"
 
     def _tell(self, store: Store, reason: str, error: str) -> End:
