@@ -88,10 +88,10 @@ $(VERL)/.ready: $(READY)
 	$(PYTHON) -m venv $(VERL)
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 	  > "$$($(VERL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
-	$(VERL)/bin/pip install -q --disable-pip-version-check -c constraints.txt --no-deps verl==0.9.1 codetiming \
-	  tensordict==0.10.0 orjson pyvers importlib_metadata zipp torchdata hydra-core==1.3.2 omegaconf==2.3.0 pandas \
-	  pylatexenc cachetools fastapi starlette ray msgpack TransferQueue==0.1.11 pyzmq msgspec
-	$(VERL)/bin/pip install -q --disable-pip-version-check --no-deps antlr4-python3-runtime==4.9.3
+	$(VERL)/bin/pip install -q --disable-pip-version-check -c constraints.txt ray aiohttp cachetools codetiming \
+	  fastapi pandas pylatexenc torchdata pyzmq msgspec orjson importlib_metadata
+	$(VERL)/bin/pip install -q --disable-pip-version-check --no-deps tensordict==0.10.0 pyvers TransferQueue==0.1.11 \
+	  verl==0.9.1 hydra-core==1.3.2 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3
 	touch $@
 
 .PHONY: test-verl

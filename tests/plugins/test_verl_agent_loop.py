@@ -44,12 +44,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return verl_config(tmp_path_factory.mktemp("model"))
 
 
-def expected(index: int, response: int = RESPONSE, **limits: int) -> Trajectory:
+def expected(index: int, response: int = RESPONSE, task: str = TASK, **limits: int) -> Trajectory:
     """The kit's own rollout of an example, with the limits that verl's configuration means for it."""
-    task = load_task(TASK)
-    prompt = rollout(task, PolicyEngine(), CHAT, indices=[index]).trajectories[0].turns[0].start
+    prompt = rollout(load_task(task), PolicyEngine(), CHAT, indices=[index]).trajectories[0].turns[0].start
     budget = RolloutLimits(**{"max_tokens": prompt + response, "max_turn_tokens": response} | limits)
-    return rollout(task, PolicyEngine(), CHAT, indices=[index], limits=budget).trajectories[0]
+    return rollout(load_task(task), PolicyEngine(), CHAT, indices=[index], limits=budget).trajectories[0]
 
 
 def response_of(batch: Any, row: int) -> slice:

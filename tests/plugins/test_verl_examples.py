@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -13,11 +15,18 @@ import pytest
 
 pytest.importorskip("verl", reason="needs verl: make test-verl")
 
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from omegaconf import OmegaConf
+from verl import trainer
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from opd_env.configuration import ConfigError
+from opd_env.configuration import ConfigError, build
+from opd_env.limits import RolloutLimits
 from opd_env.models import load_tokenizer
+from opd_env.plugins.verl import EpisodeLoop
 from opd_env.plugins.verl.examples import longest_prompt, main
 from opd_env.rollouts import rollout
 from opd_env.tasks import load_task
@@ -66,6 +75,22 @@ def test_a_split_to_measure_with_is_written_to_validate_on_only(tmp_path: Path) 
 def test_a_wrong_option_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'split'"):
         written(tmp_path, "--splt", "test")
+
+
+def test_verl_takes_the_documented_run() -> None:
+    page = (ROOT / "docs/verl.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^python -m verl.trainer.main_ppo (.*)$", page, re.MULTILINE)
+    with initialize_config_dir(str(Path(trainer.__file__).parent / "config"), version_base=None):
+        config = compose("ppo_trainer", overrides=shlex.split(command))
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    assert not need_critic(config)
+    distillation = omega_conf_to_dataclass(config.distillation)
+    assert distillation.teacher_models["default"].num_replicas == 1
+    assert distillation.distillation_loss.loss_settings.use_estimator
+    (file,) = re.findall(r"^(- name: opd_env\n(?:  .*\n)+)", page, re.MULTILINE)
+    (loop,) = OmegaConf.create(file)
+    assert get_class(loop._target_) is EpisodeLoop
+    build(RolloutLimits, {**loop.limits, "max_tokens": 3072})
 
 
 def test_verl_finds_the_plug_in_by_its_entry_point(tmp_path: Path) -> None:
