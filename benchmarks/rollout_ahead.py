@@ -25,8 +25,8 @@ from slow_tools import TURN_TOKENS, PacedEngine
 from opd_env.limits import RolloutLimits
 from opd_env.messages import assistant
 from opd_env.models import load_model
+from opd_env.report_run import read_metrics
 from opd_env.trainer import OPDConfig, OPDTrainer, loop
-from opd_env.trainer.metrics import read_metrics
 
 
 class PacedPolicy(PacedEngine):

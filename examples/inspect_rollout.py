@@ -9,14 +9,18 @@ Run it: ``python examples/inspect_rollout.py runs/smollm2_gsm8k 3`` (a run witho
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from opd_env.report_run import read_metrics
 from opd_env.store import load_trajectories
-from opd_env.trainer.config import load_config
-from opd_env.trainer.metrics import read_metrics
+from opd_env.tasks import Task
+from opd_env.tools import Toolbox
+from opd_env.trainer.config import OPDConfig, load_config
 from opd_env.trainer.setup import make_parts
+from opd_env.trainer.teachers import LocalTeacher
 from opd_env.trajectory import TokenKind
 
 
@@ -27,7 +31,10 @@ def main(run: Path, shown: int) -> None:
     chat, task = parts.chat, parts.task
     trajectories = load_trajectories(run / "trajectories")[:]
     trajectories = [one for one in trajectories if one.seed == config.seed * 1_000_003]  # of the first step
-    scores_N = parts.teacher.score(trajectories).numpy()
+    teacher = parts.teacher
+    if not isinstance(teacher, LocalTeacher):
+        sys.exit("the plain computation needs a teacher in this process, without teacher_engine=vllm or a server")
+    scores_N = teacher.score(trajectories).numpy()
     schemas = schemas_of(config, task)
     examples = {example.id: example for example in task}
 
@@ -37,11 +44,11 @@ def main(run: Path, shown: int) -> None:
         if number < shown:
             print(f"\n{one.task} {one.example_id}: {one.stop_reason}, extracted {one.extracted}, drift {one.drift}")
             print(f"{'place':>5} {'kind':<12} {'student':>8} {'teacher':>8} {'log u':>7}  token")
-        for row, read in zip(one.rows, parts.teacher.rows([one]), strict=True):
+        for row, read in zip(one.rows, teacher.rows([one]), strict=True):
             ids = one.token_ids[row].tolist()
             student_TV = logprobs(parts.student.model, ids, chat.vocab_size, config.temperature)
             teacher_ids = read.token_ids_T.tolist()
-            teacher_TV = logprobs(parts.teacher.loaded.model, teacher_ids, chat.vocab_size, config.temperature)
+            teacher_TV = logprobs(teacher.loaded.model, teacher_ids, chat.vocab_size, config.temperature)
             for place in range(int(one.sampled[row].argmax()), len(ids)):
                 at = row.start + place
                 numbers = " " * 25
@@ -64,16 +71,14 @@ def main(run: Path, shown: int) -> None:
     print(f"teacher KL of step 1: logged {logged:.6f}, plain {np.mean(kl):.6f}")
 
 
-def schemas_of(config, task):
+def schemas_of(config: OPDConfig, task: Task) -> list[dict[str, Any]]:
     """Tool schemas as the student's prompt shows them."""
-    from opd_env.tools import Toolbox
-
     with Toolbox(task.tools if config.tools is None else config.tools) as toolbox:
         return toolbox.schemas
 
 
 @torch.no_grad()
-def logprobs(model, ids, vocab_size, temperature):
+def logprobs(model: Any, ids: list[int], vocab_size: int, temperature: float) -> torch.Tensor:
     """Log-probs after every prefix of one row, shape ``[T, V]``."""
     return torch.log_softmax(model(torch.tensor([ids])).logits[0, :, :vocab_size].float() / temperature, dim=-1)
 

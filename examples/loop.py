@@ -31,9 +31,8 @@ def main() -> None:
         indices = range(step * EPISODES, (step + 1) * EPISODES)
         trajectories = rollout(task, engine, chat, indices=indices, limits=limits, seed=step).trajectories
 
-        rows = [
-            (one, place) for one in trajectories for place in one.rows
-        ]  # one of each, as this template only appends
+        # One row of each episode, as this template only appends.
+        rows = [(one, place) for one in trajectories for place in one.rows]
         length = max(place.stop - place.start for _, place in rows)
         ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
         mask_BT = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -46,7 +45,7 @@ def main() -> None:
 
         def logprobs(model: torch.nn.Module, ids_BT: torch.Tensor = ids_BT) -> torch.Tensor:
             """Log-prob of every token given those before it, shape ``[B, T - 1]``: position t scores token t + 1."""
-            logits_BTV = model(ids_BT[:, :-1]).logits[..., : chat.vocab_size]
+            logits_BTV: torch.Tensor = model(ids_BT[:, :-1]).logits[..., : chat.vocab_size]
             return logits_BTV.log_softmax(-1).gather(-1, ids_BT[:, 1:, None])[..., 0]
 
         mask_BT, behaviour_BT = mask_BT[:, 1:], behaviour_BT[:, 1:]
@@ -55,7 +54,7 @@ def main() -> None:
         advantages_BT = advantage(log_ratio_BT, divergence="jsd", mode="opd_plus_centred")
         loss = policy_loss(logprobs(student.model), behaviour_BT, advantages_BT, mask_BT, num_tokens=int(mask_BT.sum()))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
         optimizer.step()
 

@@ -33,6 +33,7 @@ from opd_env.engine import Engine
 from opd_env.evaluation import installed_versions
 from opd_env.models import LoadedModel
 from opd_env.report import write_report
+from opd_env.report_run import read_metrics
 from opd_env.rollouts import RolloutResult
 from opd_env.tools import Toolbox
 from opd_env.trainer.alignment import check_teacher
@@ -45,7 +46,7 @@ from opd_env.trainer.heartbeat import Heartbeat
 from opd_env.trainer.held_out import HeldOut
 from opd_env.trainer.interruption import Interruption, StoppedAtOnce
 from opd_env.trainer.learner import Learner
-from opd_env.trainer.metrics import MetricsLog, read_metrics
+from opd_env.trainer.metrics import MetricsLog
 from opd_env.trainer.order import StepProblems
 from opd_env.trainer.processes import on_main
 from opd_env.trainer.run_folder import RunFolder, git_state

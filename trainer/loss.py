@@ -97,20 +97,16 @@ def mean_loss(loss_N: Tensor, num_tokens: int | float | Tensor) -> Tensor:
 class LossStatistics:
     """What to watch of one loss computation, over its sampled tokens; all 0 when there are none."""
 
-    ratio_mean: float
-    """Mean of ρ: 1 on-policy, up to sampling noise."""
     ratio_p99: float
     """99th percentile of ρ."""
-    ratio_max: float
     ratio_bounded_fraction: float
     """Share of tokens whose update the PPO clip or the truncation changed."""
     ratio_log_mean: float
     """Mean of log ρ: an estimate of -KL(μ || p), 0 on-policy."""
     ratio_sample_size: float
     """Effective sample size ``(Σρ)² / (N Σρ²)``, as a share of the tokens: 1 on-policy."""
-    logprob_gap_mean: float
-    """Mean ``|log p - log μ|``: before the first update of a batch, how far trainer and sampler disagree."""
     logprob_gap_max: float
+    """Largest ``|log p - log μ|``."""
     advantage_mean: float
     advantage_max_abs: float
 
@@ -129,7 +125,7 @@ def loss_statistics(
     _check(logprobs, behaviour_logprobs, advantages, mask, clip_ratio, truncate_weight)
     mask = mask.bool()
     if not bool(mask.any()):
-        return LossStatistics(*(0.0,) * 10)
+        return LossStatistics(*(0.0,) * 7)
     gap = (logprobs - behaviour_logprobs)[mask].float()
     values = advantages[mask].float()
     ratio = gap.exp()
@@ -140,13 +136,10 @@ def loss_statistics(
     if truncate_weight is not None:
         bounded = ratio > truncate_weight
     return LossStatistics(
-        ratio_mean=float(ratio.mean()),
         ratio_p99=float(ratio.sort().values[int(0.99 * (len(ratio) - 1))]),
-        ratio_max=float(ratio.max()),
         ratio_bounded_fraction=float(bounded.float().mean()),
         ratio_log_mean=float(gap.mean()),
         ratio_sample_size=float(weight.sum().square() / (len(weight) * weight.square().sum())),
-        logprob_gap_mean=float(gap.abs().mean()),
         logprob_gap_max=float(gap.abs().max()),
         advantage_mean=float(values.mean()),
         advantage_max_abs=float(values.abs().max()),

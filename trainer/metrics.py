@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from opd_env.metrics import NEEDS_TOOL, NOT_JUDGED, PARSE_ERRORS
+from opd_env.report_run import read_metrics
 from opd_env.trainer.advantages import clip_fraction
 from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.loss import loss_statistics
@@ -135,14 +136,6 @@ class MetricsLog:
             file.write(json.dumps(values, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``, whole ones only; empty when there is no file."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -30,8 +30,8 @@ from opd_env import evaluate, load_task
 from opd_env.engine import SamplingParams
 from opd_env.local_engine import LocalEngine
 from opd_env.metrics import summarise
+from opd_env.report_run import read_metrics
 from opd_env.trainer import OPDTrainer
-from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.sft import expert_trajectories, sft
 from opd_env.trainer.teachers import log_ratios
 from opd_env.trainer.update import TrainingError

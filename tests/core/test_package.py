@@ -73,6 +73,7 @@ def test_a_wheel_runs_outside_the_checkout_beside_a_users_own_tools_and_tasks(tm
     python = tmp_path / "empty" / "bin" / "python"
     (target,) = (tmp_path / "empty" / "lib").glob("*/site-packages")
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel)
+    assert (target / "opd_env" / "py.typed").is_file()  # else type checkers take everything of ours for Any
     work = tmp_path / "work"
     (work / "tools").mkdir(parents=True)
     (work / "tools" / "__init__.py").write_text("MINE = True\n")

@@ -22,6 +22,7 @@ from opd_env.http_client import HttpClient
 from opd_env.http_engine import HttpEngine
 from opd_env.limits import RolloutLimits
 from opd_env.models import PACKAGED, load_model
+from opd_env.report_run import read_metrics
 from opd_env.rollouts import RolloutResult, rollout
 from opd_env.server_model import served_model
 from opd_env.server_probe import probe_servers, probe_vllm
@@ -30,7 +31,6 @@ from opd_env.store import load_trajectories
 from opd_env.tasks import load_task
 from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.loop import OPDTrainer
-from opd_env.trainer.metrics import read_metrics
 from tests.core.vllm_server import Server
 
 pytestmark = [

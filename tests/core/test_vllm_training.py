@@ -21,10 +21,10 @@ from rich.console import Console
 
 from opd_env.limits import RolloutLimits
 from opd_env.models import load_model
+from opd_env.report_run import read_metrics
 from opd_env.store import load_trajectories
 from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.loop import OPDTrainer
-from opd_env.trainer.metrics import read_metrics
 from tests.core.test_vllm import OPTIONS, TOLERANCE, gap
 from tests.core.vllm_server import Server
 from tests.trainer.test_distributed import ROOT, launch, launcher_environment

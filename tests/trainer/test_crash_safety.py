@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from opd_env.cli import main
+from opd_env.report_run import read_metrics
 from opd_env.trainer.checkpoint import Checkpoints
-from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.run_folder import RunFolder
 from opd_env.trajectory_files import StoreError
 from tests.trainer.test_loop import trainer_of

@@ -14,8 +14,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 from opd_env.configuration import ConfigError
 from opd_env.models import load_model
+from opd_env.report_run import read_metrics
 from opd_env.trainer.checkpoint import Checkpoints
-from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.setup import make_accelerator
 from opd_env.trainer.state import restore
 from tests.trainer import distributed_updates

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from opd_env.configuration import ConfigError
 from opd_env.errors import UserError
+from opd_env.report_run import read_metrics
 from opd_env.trainer.loop import OPDTrainer
-from opd_env.trainer.metrics import read_metrics
 from tests.core.fake_vllm import FakeVLLM
 from tests.core.tiny import tiny_llama
 from tests.trainer.toy import loaded, toy_config

@@ -18,6 +18,7 @@ from opd_env.limits import RolloutLimits
 from opd_env.local_engine import LocalEngine
 from opd_env.messages import user
 from opd_env.models import LoadedModel
+from opd_env.report_run import read_metrics
 from opd_env.rollouts import rollout
 from opd_env.tasks import Example, register_task
 from opd_env.trainer import OPDTrainer
@@ -26,7 +27,6 @@ from opd_env.trainer.cross_tokenizer import CrossTokenizerTeacher
 from opd_env.trainer.demonstrations import DemonstrationFormat, TaskPrompts, with_answer
 from opd_env.trainer.divergences import get_divergence
 from opd_env.trainer.lookup import ExampleLookup
-from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.objective import OPDObjective
 from opd_env.trainer.server_teacher import ServerTeacher
 from opd_env.trainer.sft import sft, supervised_objective

@@ -15,11 +15,11 @@ from rich.console import Console
 from opd_env.configuration import ConfigError
 from opd_env.limits import RolloutLimits
 from opd_env.models import load_model
+from opd_env.report_run import read_metrics
 from opd_env.store import load_trajectories
 from opd_env.trainer import OPDTrainer
 from opd_env.trainer.checkpoint import CheckpointError
 from opd_env.trainer.config import LoRASettings, load_config
-from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.setup import Parts
 from opd_env.trainer.update import TrainingError
 from tests.core.tiny import tiny_tokenizer

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from opd_env.report_run import read_metrics
 from opd_env.trainer import offload
 from opd_env.trainer.loop import OPDTrainer
-from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.mixture import LocalMixture
 from opd_env.trainer.offload import on_device
 from opd_env.trainer.teachers import LocalTeacher

@@ -15,9 +15,9 @@ import torch
 from opd_env.configuration import ConfigError
 from opd_env.errors import UserError
 from opd_env.local_engine import LocalEngine
+from opd_env.report_run import read_metrics
 from opd_env.store import load_trajectories
 from opd_env.trainer.config import LoRASettings
-from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.setup import Parts
 from opd_env.trainer.update import TrainingError
 from tests.trainer.test_crash_safety import ENVIRONMENT, ROOT

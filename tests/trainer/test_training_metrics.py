@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from opd_env.report_run import read_metrics
 from opd_env.store import StoreError
 from opd_env.tools import ToolErrorKind
-from opd_env.trainer.metrics import MetricsLog, read_metrics, rollout_metrics, teacher_metrics, token_metrics
+from opd_env.trainer.metrics import MetricsLog, rollout_metrics, teacher_metrics, token_metrics
 from opd_env.trainer.objective import TokenValues
 from opd_env.trajectory import CallRecord, StopReason, TokenKind, TurnRecord
 from tests.trainer.toy import made_trajectory, toy_config

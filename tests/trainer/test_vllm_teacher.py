@@ -17,10 +17,10 @@ from opd_env.configuration import ConfigError
 from opd_env.errors import UserError
 from opd_env.formats import get_format
 from opd_env.limits import RolloutLimits
+from opd_env.report_run import read_metrics
 from opd_env.store import load_trajectories
 from opd_env.trainer import loop
 from opd_env.trainer.loop import OPDTrainer
-from opd_env.trainer.metrics import read_metrics
 from opd_env.trainer.server_teacher import VLLMTeacher
 from opd_env.trainer.teachers import LocalTeacher, TopKTeacher
 from opd_env.vllm_engine import VLLMEngine
