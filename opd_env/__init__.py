@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from opd_env.limits import RolloutLimits
     from opd_env.rollouts import rollout
     from opd_env.tasks import Example, Grade, Task, list_tasks, load_task, register_task
-    from opd_env.tools import Tool, ToolError, ToolErrorKind, get_tool, list_tools, register_tool, tool
+    from opd_env.tools import Tool, Toolbox, ToolError, ToolErrorKind, get_tool, list_tools, register_tool, tool
+    from opd_env.trainer import OPDConfig, OPDTrainer, register_divergence
     from opd_env.trajectory import StopReason, Trajectory
 
 __version__ = "0.1.0"
@@ -27,14 +28,19 @@ _HOME = {
     "opd_env.limits": ("RolloutLimits",),
     "opd_env.rollouts": ("rollout",),
     "opd_env.tasks": ("Example", "Grade", "Task", "list_tasks", "load_task", "register_task"),
-    "opd_env.tools": ("Tool", "ToolError", "ToolErrorKind", "get_tool", "list_tools", "register_tool", "tool"),
+    "opd_env.tools": (
+        "Tool", "Toolbox", "ToolError", "ToolErrorKind", "get_tool", "list_tools", "register_tool", "tool",
+    ),
+    "opd_env.trainer": ("OPDConfig", "OPDTrainer", "register_divergence"),
     "opd_env.trajectory": ("StopReason", "Trajectory"),
-}
+}  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "Example",
     "Grade",
+    "OPDConfig",
+    "OPDTrainer",
     "RolloutLimits",
     "StopReason",
     "Task",
@@ -42,12 +48,14 @@ __all__ = [
     "ToolEnv",
     "ToolError",
     "ToolErrorKind",
+    "Toolbox",
     "Trajectory",
     "evaluate",
     "get_tool",
     "list_tasks",
     "list_tools",
     "load_task",
+    "register_divergence",
     "register_task",
     "register_tool",
     "rollout",
@@ -64,7 +72,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])
 
 
 register_with_gymnasium()

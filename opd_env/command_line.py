@@ -80,10 +80,11 @@ def _split(settings: type[Any], arguments: Sequence[str]) -> tuple[list[str], li
             key = key.replace("-", "_")
             head, _, rest = key.partition(".")
             if head not in types:
-                raise ConfigError(f"unknown option --{key}{suggestion(head, list(types))}")
+                raise ConfigError(f"unknown option --{key}{suggestion(f'--{head}', [f'--{name}' for name in types])}")
             nested = nested_type(types[head])
             if rest and nested is not None and rest.split(".")[0] not in field_types(nested):
-                raise ConfigError(f"unknown option --{key}{suggestion(rest, list(field_types(nested)))}")
+                known = [f"--{head}.{name}" for name in field_types(nested)]
+                raise ConfigError(f"unknown option --{key}{suggestion(f'--{key}', known)}")
             given = value if equals else next(words, None)
             if given is None:
                 raise ConfigError(f"--{key} needs a value")

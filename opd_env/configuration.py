@@ -215,7 +215,8 @@ def check_keys(settings: type[Any], values: Mapping[str, Any], where: str, prefi
     types = field_types(settings)
     for key, value in values.items():
         if key not in types:
-            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}{suggestion(str(key), list(types))}")
+            got, known = f"{prefix}{key}", [prefix + name for name in types]
+            raise ConfigError(f"{where}: unknown key {got!r}{suggestion(got, known)}")
         nested = nested_type(types[key])
         if nested is not None and isinstance(value, Mapping):
             check_keys(nested, value, where, f"{prefix}{key}.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ def source_of(name: str) -> str:
             choices = ", ".join(f"packaged:{path.parent.name}" for path in sorted(PACKAGED.glob("*/config.json")))
             raise ModelUnavailable(f"there is no packaged model {name!r}; there are {choices or 'none'}")
         return str(folder)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    no_hub_id = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if no_hub_id and not Path(name).expanduser().is_dir():
         raise ModelUnavailable(f"there is no folder {name!r}; give a folder that save_pretrained wrote, or a hub id")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
@@ -129,8 +131,8 @@ def _load_pretrained(name: str, dtype: str) -> LoadedModel:
 
     source = source_of(name)
     try:
-        # A packaged model is loaded in a moment: a bar would only be noise.
-        with without_bars() if name.startswith("packaged:") else nullcontext():
+        # A packaged model is loaded in a moment, and a log file is no terminal: a bar would only be noise.
+        with without_bars() if name.startswith("packaged:") or not sys.stderr.isatty() else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:

@@ -22,9 +22,10 @@ import numpy as np
 from markupsafe import Markup
 
 from opd_env.charts import Series, line_chart, short_number
+from opd_env.headline import headline, percent
 from opd_env.report_rows import BEHAVIOUR, CHART_GROUPS, CHARTS, PHASES, Chart
 from opd_env.report_run import Model, Run
-from opd_env.statistics import Rate, compare_paired
+from opd_env.statistics import Rate
 from opd_env.trajectory import Trajectory
 from opd_env.trajectory_files import explained, whole_or_nothing
 from opd_env.transcript import Decode, choose_examples, shorten, transcript, visible
@@ -64,7 +65,7 @@ def _context(run: Run) -> dict[str, Any]:
         "config_text": run.config_text,
         "facts": _facts(run),
         "models": models,
-        "headline": _headline(run),
+        "headline": headline(run),
         "chart_groups": _charts(run),
         "phases": _phases(run.metrics),
         "behaviour": _behaviour(models),
@@ -92,33 +93,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     seconds = run.results.get("seconds", evaluation.get("seconds"))
     facts["time"] = None if seconds is None else _duration(seconds)
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
-
-
-def _headline(run: Run) -> str:
-    """One paragraph on what the run did."""
-    before, after = (run.models.get(key) for key in ("before", "after"))
-    if before is None or after is None:
-        return "" if "evaluation" in run.models else "This run has not finished; this is how far it came."
-    overlap = "overlap" if before.accuracy.overlaps(after.accuracy) else "do not overlap"
-    text = (
-        f"Accuracy on {after.accuracy.n} held-out problems went from {percent(before.accuracy.value)} to"
-        f" {percent(after.accuracy.value)}; the 95 % intervals {overlap}."
-    )
-    first, second = before.scores, after.scores
-    both = [key for key in first if key in second]
-    if both:
-        paired = compare_paired([first[key] for key in both], [second[key] for key in both])
-        text += f" Problem by problem, {paired.gained} were gained and {paired.lost} lost (p = {paired.p_value:.1g})."
-    alone = [teacher.accuracy.value for teacher in run.teachers]
-    if len(alone) > 1:
-        each = " and ".join(map(percent, alone))
-        text += (
-            f" Its teacher is a mixture, {run.teacher}, whose members reach {each} alone; it plays no episodes itself."
-        )
-    elif alone and alone[0] > 0:
-        share = after.accuracy.value / alone[0]
-        text += f" The student reaches {100 * share:.0f} % of its teacher's {percent(alone[0])}."
-    return text
 
 
 def _charts(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -255,11 +229,6 @@ def _shade(log_ratio: float) -> Markup:
 def _number(value: object) -> float:
     """NaN, a gap in a curve, for what is no number."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def percent(value: float) -> str:
-    """A share as text."""
-    return f"{100 * value:.1f} %"
 
 
 def _duration(seconds: float) -> str:

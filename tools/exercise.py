@@ -149,8 +149,9 @@ def _refusals(toolbox: Toolbox, tool: Tool) -> Check:
 def _answer(result: ToolResult, arguments: Mapping[str, Any], must_answer: bool) -> Check:
     own_error = result.error is ToolErrorKind.EXCEPTION and "no JSON value" not in result.content
     cut = " (cut to max_output_chars)" if result.truncated else ""
-    passed = result.ok or (own_error and not must_answer)
-    return Check(f"answers {_compact(arguments)}", passed, f"{_cut(result.content)}{cut}")
+    accepted = own_error and not must_answer
+    made_up = " (these arguments are made up: an error is accepted; give an example of yours)" if accepted else ""
+    return Check(f"answers {_compact(arguments)}", result.ok or accepted, f"{_cut(result.content)}{cut}{made_up}")
 
 
 def _bad_calls(parameters: Mapping[str, Any]) -> Iterator[object]:

@@ -31,6 +31,7 @@ from rich.console import Console
 from opd_env.configuration import to_dict
 from opd_env.engine import Engine
 from opd_env.evaluation import installed_versions
+from opd_env.headline import no_better
 from opd_env.models import LoadedModel
 from opd_env.report import write_report
 from opd_env.report_run import read_metrics
@@ -238,6 +239,10 @@ class OPDTrainer:
             **git_state(),
         }
         on_main(self.accelerator, lambda: self.folder.write_json("results.json", results))
+        teacher, student = results["teacher"]["accuracy"], results["before"]["accuracy"]
+        known = "teachers" not in results and None not in (teacher, student)
+        if self._is_main and known and teacher <= student:
+            self.display.warn(f"the {no_better(teacher, student)}")
         return results
 
     def _sandbox_levels(self) -> dict[str, Any]:

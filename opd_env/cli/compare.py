@@ -50,7 +50,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if curves:
         console.print("\nLearning curves: accuracy on held-out problems")
         console.print(_curve_table(curves))
-    console.print(f"page: {page}", soft_wrap=True, highlight=False)
+    console.print(f"page: {page}", markup=False, soft_wrap=True, highlight=False)
     return 0
 
 
@@ -140,11 +140,12 @@ def _show_flip(console: Console, comparison: Comparison, flip: Flip, *, whole: b
 def _curve_table(sides: Sequence[Side]) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Step", justify="right")
     for side in sides:
-        table.add_column(side.name, justify="right", overflow="fold")
+        table.add_column(Text(side.name), justify="right", overflow="fold")
     curves = [dict(side.curve) for side in sides]
     for step in sorted({step for curve in curves for step in curve}):
         table.add_row(f"{step:g}", *(str(curve[step].accuracy) if step in curve else "" for curve in curves))

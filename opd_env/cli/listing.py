@@ -45,7 +45,7 @@ def _tools(arguments: Sequence[str]) -> int:
         case []:
             table = Table("tool", "what it does", "options", box=None)
             for name in list_tools():
-                table.add_row(name, *describe_tool(name))
+                table.add_row(*map(Text, (name, *describe_tool(name))))
             console.print(table)
         case ["test", name]:
             tool = get_tool(name, **_json_object(options.options))
@@ -56,7 +56,8 @@ def _tools(arguments: Sequence[str]) -> int:
                 table.add_row(mark, Text(visible(check.name)), Text(visible(check.detail), "dim"))
             console.print(table)
             failed = sum(not check.passed for check in checks)
-            console.print(f"{name}: {f'{failed} of {len(checks)} checks failed' if failed else 'all checks passed'}")
+            found = f"{failed} of {len(checks)} checks failed" if failed else "all checks passed"
+            console.print(f"{name}: {found}", markup=False, highlight=False)
             return 1 if failed else 0
         case [name]:
             console.print_json(json.dumps(get_tool(name, **_json_object(options.options)).schema))
@@ -96,6 +97,7 @@ def _tasks(arguments: Sequence[str]) -> int:
 def _list_tasks() -> int:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from opd_env.tasks import list_tasks
     from opd_env.tasks.registry import get_task
@@ -105,13 +107,14 @@ def _list_tasks() -> int:
         task: Any = get_task(name)
         document = (task.__doc__ or "").strip().splitlines() or [""]
         licence = getattr(task, "licence", "")  # one that is made of others has a licence only when it is loaded
-        table.add_row(name, "" if isinstance(licence, property) else licence, document[0])
+        table.add_row(*map(Text, (name, "" if isinstance(licence, property) else licence, document[0])))
     Console().print(table)
     return 0
 
 
 def _show_task(name: str, options: argparse.Namespace) -> int:
     from rich.console import Console
+    from rich.text import Text
 
     from opd_env.tasks import load_task, prompt_hash
     from opd_env.tasks.registry import get_task
@@ -136,9 +139,8 @@ def _show_task(name: str, options: argparse.Namespace) -> int:
     for key, value in lines.items():
         console.print(f"{key:<12} {value}", highlight=False, markup=False)
     for example in task[: options.count]:
-        console.print(
-            f"\n[bold]{example.id}[/]  difficulty {example.difficulty}, answer {example.answer}", highlight=False
-        )
+        about = f"  difficulty {example.difficulty}, answer {example.answer}"
+        console.print(Text.assemble("\n", (example.id, "bold"), about))
         for message in example.messages:
             console.print(f"{message['role']}: {message['content']}", highlight=False, markup=False)
     return 0

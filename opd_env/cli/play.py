@@ -162,21 +162,27 @@ def _evaluate(settings: EvalSettings) -> int:
         results.append(result)
         folders.append(folder)
         for error in result.errors[:1]:
-            console.print(
-                f"[yellow]{len(result.errors)} episodes failed; the first: {error.message}[/]", highlight=False
-            )
+            _say(console, f"{len(result.errors)} episodes failed; the first: {error.message}", "yellow")
     console.print(results_table(results))
     for result in results:
         late = result.summary.stop_reasons["time"]
         if late:
-            console.print(
-                f"[yellow]{result.label}: {late} episodes ended by limits.max_seconds and count as wrong; on a slow "
-                "machine, raise it or lower concurrent_episodes[/]",
-                highlight=False,
+            _say(
+                console,
+                f"{result.label}: {late} episodes ended by limits.max_seconds and count as wrong; on a slow machine, "
+                "raise it or lower concurrent_episodes",
+                "yellow",
             )
     for folder in folders:
-        console.print(f"results: {folder}", soft_wrap=True, highlight=False)
+        _say(console, f"results: {folder}")
     return 0
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    """A line that may hold what a tool, a server or a user wrote: brackets in it are no markup."""
+    from opd_env.transcript import visible
+
+    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def cache_name(task: Task, chat: ChatFormat | None, **options: Any) -> str:
@@ -245,11 +251,11 @@ def _rollout(settings: RolloutSettings) -> int:
     for trajectory in result.trajectories:
         _show(console, trajectory, chat)
     for error in result.errors:
-        console.print(f"[red]{error.example_id} failed: {error.message}[/]", highlight=False)
+        _say(console, f"{error.example_id} failed: {error.message}", "red")
     speed = result.sampled_tokens / result.seconds if result.seconds else 0.0
     console.print(f"{len(finished)} episodes, {result.sampled_tokens} sampled tokens, {speed:.0f} tokens/s")
     if settings.output is not None:
-        console.print(f"trajectories: {save_trajectories(result.trajectories, settings.output)}", soft_wrap=True)
+        _say(console, f"trajectories: {save_trajectories(result.trajectories, settings.output)}")
     return 1 if result.errors else 0
 
 

@@ -23,6 +23,8 @@ def _train(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from opd_env.cli.tables import before_after_table
+    from opd_env.headline import headline
+    from opd_env.report_run import Run
     from opd_env.trainer import OPDTrainer
     from opd_env.trainer.heartbeat import EndedByAnother
 
@@ -36,7 +38,9 @@ def _train(arguments: Sequence[str]) -> int:
     if trainer.accelerator.is_main_process:
         console = Console()
         console.print(before_after_table(results))
-        console.print(f"report: {trainer.folder.path / 'report.html'}", soft_wrap=True)
+        console.print(headline(Run.read(trainer.folder.path)), highlight=False, markup=False)
+        report = trainer.folder.path / "report.html"
+        console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

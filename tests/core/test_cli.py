@@ -45,7 +45,7 @@ MODELS = ("--student", "packaged:student", "--teacher", "packaged:teacher", "--t
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("train", *MODELS, "--divergance", "jsd"), "did you mean 'divergence'"),
+        (("train", *MODELS, "--divergance", "jsd"), "did you mean '--divergence'"),
         (("train", *MODELS, "--divergence", "jds"), "did you mean 'jsd'"),
         (("train", *MODELS, "--top_p", "0.95"), "off-policy"),
         (("train", *MODELS[:-1], "arithmetik"), "did you mean 'arithmetic'"),
@@ -62,6 +62,7 @@ MODELS = ("--student", "packaged:student", "--teacher", "packaged:teacher", "--t
             ("eval", "--model", "packaged:pupil", "--task", "arithmetic", "--chat_format", "lama"),
             "did you mean 'llama'?",
         ),
+        (("eval", "--model", "runs/no_such_run/model", "--task", "arithmetic"), "there is no folder 'runs/no_such_run"),
         (("rollout", "--model", "packaged:pupil", "--task", "x", "--chat_format", "lama"), "did you mean 'llama'?"),
         (
             ("eval", "--model", "http://127.0.0.1:1/v1", "--task", "arithmetic", "--repair_calls", "true"),
@@ -131,6 +132,35 @@ def test_a_users_own_tool_and_task_are_found_by_imports(tmp_path: Path, capsys: 
     )
     assert main(["tools", "test", "shout", "--imports", str(file), "--example", '{"text": "a"}']) == 0
     assert "A" in capsys.readouterr().out
+
+
+def test_brackets_of_a_users_task_are_text_and_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # a failed episode is counted, as for users
+    file = tmp_path / "brackets.py"
+    file.write_text(
+        "from dataclasses import replace\n"
+        "from opd_env import Example, Grade, Task, ToolError, ToolErrorKind, get_tool, register_task\n"
+        "from opd_env.messages import user\n"
+        "def fail(**arguments):\n    raise ToolError(ToolErrorKind.SANDBOX, 'no room in [/tmp]')\n"
+        "QUESTION = 'A shop has 56 boxes. Each box holds 19 stamps. How many stamps are there?'\n"
+        "@register_task('brackets')\nclass Brackets(Task):\n"
+        '    """Lists [b]."""\n    version = "1"\n'
+        "    tools = (replace(get_tool('calculator'), function=fail),)\n"
+        "    def __len__(self): return 1\n"
+        "    def example(self, index): return Example('[i]', (user(QUESTION),), answer='[a]')\n"
+        "    def grade(self, example, answer, turns=()): return Grade(False)\n"
+    )
+    assert main(["tasks", "brackets", "--imports", str(file)]) == 0
+    assert "[i]  difficulty 0, answer [a]" in capsys.readouterr().out
+    assert main(["tasks"]) == 0
+    assert "Lists [b]." in capsys.readouterr().out
+    play = ["--model", "packaged:teacher", "--task", "brackets", "--imports", str(file), "--temperature", "0"]
+    assert main(["rollout", *play]) == 1
+    shown = capsys.readouterr().out
+    assert "[i] failed: " in shown
+    assert "no room in [/tmp]" in shown
 
 
 def test_doctor_tells_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:

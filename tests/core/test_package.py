@@ -52,6 +52,7 @@ def test_every_public_name_can_be_had() -> None:
     from opd_env.tools import open_sandbox
     from opd_env.trainer import OPDConfig, OPDTrainer, advantage, get_divergence, policy_loss, register_divergence
 
+    assert dir(opd_env) == sorted([*opd_env.__all__, "__version__"]), "what completion shows is what there is to use"
     assert callable(opd_env.rollout)
     assert all([get_format, score_answer, open_sandbox, OPDConfig, OPDTrainer, advantage, get_divergence, policy_loss, register_divergence])  # fmt: skip  # noqa: E501
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -44,7 +44,9 @@ def test_a_tools_own_error_about_made_up_arguments_is_no_failure_but_about_an_ex
     def refuse(n: int) -> None:
         raise ToolError(ToolErrorKind.EXCEPTION, "no such record")
 
-    assert failed(exercise_tool(make(refuse))) == []
+    checks = exercise_tool(make(refuse))
+    assert failed(checks) == []
+    assert "these arguments are made up: an error is accepted" in checks[2].detail
     assert failed(exercise_tool(make(refuse), [{"n": 8}])) == ['answers {"n":8}']
 
 
@@ -98,7 +100,7 @@ def test_sound_tools_of_every_kind_pass(one: Tool) -> None:
     process._idle.clear()
     assert failed(checks) == []
     names = [check.name for check in checks]
-    assert ("ends when its time is up" in names) == (not one.injected)
+    assert one.injected or "ends when its time is up" in names  # a quick one is slow, too, on a busy machine
     assert ("closes its state" in names) == bool(one.injected)
 
 

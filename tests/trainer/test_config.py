@@ -108,8 +108,8 @@ def test_the_hash_ignores_where_things_are_written_and_nothing_else():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--learning_rat", "1"], "did you mean 'learning_rate'?"),
-        (["--limits.max_turn", "3"], "did you mean 'max_turns'?"),
+        (["--learning_rat", "1"], "did you mean '--learning_rate'?"),
+        (["--limits.max_turn", "3"], "did you mean '--limits.max_turns'?"),
         (["--zzz", "3"], "--help lists all"),
         (["--learning_rate", "abc"], "--learning_rate is 'abc'; expected a number"),
         (["--steps", "2.5"], "--steps is '2.5'; expected a whole number"),
@@ -136,7 +136,7 @@ def test_a_mistake_is_one_sentence_that_says_what_to_do(run_yaml, options, expec
     ("text", "expected"),
     [
         ("learning_rat: 1\n", "unknown key 'learning_rat' (did you mean 'learning_rate'?"),
-        ("limits: {max_turn: 1}\n", "unknown key 'limits.max_turn' (did you mean 'max_turns'?"),
+        ("limits: {max_turn: 1}\n", "unknown key 'limits.max_turn' (did you mean 'limits.max_turns'?"),
         ("steps: many\n", "steps in {file} is 'many'; expected a whole number"),
         ("- a\n", "holds list; expected 'key: value' lines"),
         ("", "holds nothing"),

@@ -158,7 +158,9 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_continues(finished, tmp
         trainer.train()
     done = 2 if moment == "rollout" else 3
     assert trainer.checkpoints.steps() == [done]
-    assert f"stopped after step {done}; start the same command again" in trainer.display.console.file.getvalue()
+    told = trainer.display.console.file.getvalue()
+    assert f"stopped after step {done}; start the same command again" in told
+    assert "warning: the teacher, with 0.0 % of the held-out problems, is no better than the student before" in told
     again = trainer_of(config)
     again.train()
     assert f"continuing after step {done}" in again.display.console.file.getvalue()
