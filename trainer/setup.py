@@ -6,6 +6,7 @@ Test it alone: ``pytest tests/trainer/test_setup.py``
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,12 @@ def make_accelerator(config: OPDConfig) -> Any:
             raise ConfigError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
     folders = ProjectConfiguration(project_dir=config.output, logging_dir=f"{config.output}/trackers")
     accelerator = Accelerator(log_with=list(config.trackers) or None, project_config=folders)
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started > accelerator.num_processes:
+        raise ConfigError(
+            f"{started} processes were started, but accelerate takes each for a run of its own; without a GPU, set "
+            "ACCELERATE_USE_CPU=true, or start with accelerate launch --config_file configs/accelerate/cpu.yaml"
+        )
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ConfigError(
             "accelerate is set up for FSDP1, which does not fit micro-batches whose number differs from step to step "

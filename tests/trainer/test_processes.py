@@ -88,3 +88,12 @@ def test_one_vllm_over_several_processes_is_refused_with_the_reason(tmp_path, mo
         config = replace(config, vllm_options={"tensor_parallel_size": 2})
         with pytest.raises(ConfigError, match=r"tensor_parallel_size=2, but each training process has a vLLM of its"):
             make_accelerator(config)
+
+
+def test_processes_that_accelerate_takes_for_runs_of_their_own_are_refused(tmp_path, monkeypatch):
+    """``torchrun`` on a CPU, unless accelerate is told: each would write into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    make_accelerator(toy_config(tmp_path / "run"))  # by itself it tells nothing of processes on this machine
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError, match=r"2 processes were started, but accelerate takes each .*USE_CPU=true"):
+        make_accelerator(toy_config(tmp_path / "run"))
