@@ -154,6 +154,7 @@ def test_clip_fraction_counts_own_tokens_only():
         ({"gamma": 1.5}, "gamma=1.5 must lie between 0"),
         ({"gamma": math.nan}, "gamma=nan must lie between 0"),
         ({"gamma": 0.5}, r"shape \[B, T\], got \(13,\)"),
+        ({"gamma": 0.5, "mask": torch.ones(13, dtype=torch.bool)}, r"shape \[B, T\], got \(13,\)"),
         ({"mode": "opd+"}, "is none of opd, opd_plus, opd_plus_centred"),
         ({"divergence": "kl"}, "known: reverse_kl"),
         ({"clip_log_ratio": 0.0}, "must be positive"),

@@ -129,6 +129,14 @@ def test_every_sampled_token_is_in_exactly_one_micro_batch_within_the_budget(len
         assert (batch.column_N >= 0).all()
 
 
+def test_rows_of_an_episode_stay_together_and_what_fits_the_budget_exactly_is_one_micro_batch():
+    lengths = [(3, 0), (5, 0), (4, None), (5, None)]
+    rows = [Row(np.arange(n, dtype=np.int32), np.arange(n) > 0, episode) for n, episode in lengths]
+    assert [batch.rows for batch in pack(rows, 20)] == [(0, 1, 3, 2)]
+    assert [batch.rows for batch in pack(rows, 19)] == [(0, 1, 3), (2,)]
+    assert [batch.rows for batch in pack(rows, 1)] == [(0, 1), (3,), (2,)]
+
+
 @pytest.mark.parametrize("budget", [1, 6, 12, 100])
 def test_the_split_into_micro_batches_changes_no_logprob(model, budget):
     policy = PolicyModule(model, VOCABULARY)
