@@ -37,6 +37,7 @@ from opd_env.report import write_report
 from opd_env.report_run import read_metrics
 from opd_env.rollouts import RolloutResult
 from opd_env.tools import Toolbox
+from opd_env.trainer.agreement import facts_of, require_one_folder, require_same
 from opd_env.trainer.alignment import check_teacher
 from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.checkpoint import Checkpoints
@@ -88,6 +89,7 @@ class OPDTrainer:
         config = self.config
         self.folder = RunFolder(config)
         self.parts: Parts = make_parts(config, self.accelerator.device, student=student, teacher=teacher)
+        require_same(self.accelerator, facts_of(config, self.parts))
         self.updater = Updater(
             PolicyModule(
                 self.parts.student.model,
@@ -253,6 +255,7 @@ class OPDTrainer:
 
     def _open(self) -> None:
         on_main(self.accelerator, self.folder.open)
+        require_one_folder(self.accelerator, self.folder.path)
         trackers = self.config.trackers
         if trackers:
             self.accelerator.init_trackers("opd-env", config=_flat(self.config))

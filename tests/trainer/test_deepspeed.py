@@ -36,7 +36,8 @@ def alone(kind):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_stage_gives_the_weights_of_one_process(tmp_path, stage):
     """Micro-batches that differ in number between processes, clipped gradients, five updates in float32."""
-    with together(2, tmp_path, updates_in_all, tmp_path, stage, environment={"DS_ACCELERATOR": "cpu"}) as lives:
+    settings = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
+    with together(2, tmp_path, updates_in_all, tmp_path, stage, environment=settings) as lives:
         assert ends(lives, within=250) == [0, 0]
     found = json.loads((tmp_path / "found.json").read_text())
     for kind in KINDS:
