@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from opd_env.errors import UserError
 from opd_env.metrics import Summary, rate_of
-from opd_env.paired import Difference, difference_of_shares
+from opd_env.paired import Difference, PairedComparison, compare_paired, difference_of_shares
 from opd_env.report_run import Run, read_json, tokenizer_of
-from opd_env.statistics import PairedComparison, Rate, compare_paired
+from opd_env.statistics import Rate
 from opd_env.store import load_trajectories
 from opd_env.tally import Fraction, Tally, fractions, tally
 from opd_env.trajectory import Trajectory

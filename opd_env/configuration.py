@@ -86,6 +86,38 @@ def choose(name: str, value: Any, choices: type[Choice]) -> Choice:
     return choices(value)
 
 
+def check_range(
+    settings: Any,
+    name: str,
+    low: float,
+    high: float | None = None,
+    *,
+    exclusive: bool = False,
+    prefix: str = "",
+) -> None:
+    """Refuses a field that is no finite number from ``low`` (above it with ``exclusive``) to ``high``.
+
+    Args:
+        settings: has the field.
+        name: of the field.
+        low: lower bound.
+        high: upper bound; None for no bound.
+        exclusive: whether ``low`` itself is refused.
+        prefix: stands before the name in the message.
+
+    Raises:
+        ConfigError: with the value, and what it must be.
+    """
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{prefix}{name}={value!r} is not a number")
+    above = value > low if exclusive else value >= low
+    if not above or (high is not None and not value <= high) or value == float("inf"):
+        bound = f"above {low}" if exclusive else f"at least {low}"
+        limit = "" if high is None else f" and at most {high}"
+        raise ConfigError(f"{prefix}{name}={value} is out of range: it must be {bound}{limit}")
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """``settings`` as plain values: what YAML and JSON can hold, and ``build`` reads back."""
     return {name: _plain(getattr(settings, name)) for name in field_types(type(settings))}

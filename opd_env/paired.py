@@ -1,11 +1,10 @@
-"""The difference of any metric between two models that played the same problems, with its interval.
+"""Two models that played the same problems: their difference with its interval, and a test.
 
 Worked example::
 
+    compare_paired([0, 1, 0], [1, 1, 1])         # difference 0.67, two problems gained, none lost, p = 0.5
     difference_of_shares(([0, 1, 0], [1, 1, 1]), ([1, 1, 1], [1, 1, 1]))      # +66.7 points and an interval
     difference_of_shares(([1, 0], [2, 0]), ([3, 1], [3, 1]))                  # calls: some problems have none
-
-Yes-or-no scores have a test of their own as well, ``opd_env.statistics.compare_paired``.
 
 Test it alone: ``pytest tests/core/test_paired.py``
 """
@@ -14,11 +13,76 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from opd_env.statistics import compare_paired, draws, percentiles, rate
+from opd_env.statistics import CONFIDENCE, bootstrap_interval, draws, percentiles, rate
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Two models on the same problems."""
+
+    difference: float
+    """Mean score of the second minus the first."""
+    low: float
+    high: float
+    n: int
+    """Problems."""
+    gained: int
+    """Problems on which the second scores higher."""
+    lost: int
+    """Problems on which the first scores higher."""
+    p_value: float
+    """Two-sided exact sign test; McNemar's exact test when every score is 0 or 1."""
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.difference:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}],"
+            f" {self.gained} gained, {self.lost} lost, p = {self.p_value:.2g}"
+        )
+
+
+def compare_paired(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> PairedComparison:
+    """Compares two models problem by problem, which is sharper than comparing two intervals.
+
+    The interval of yes-or-no scores is Bonett and Price's (one gained and one lost problem are added, so
+    that it keeps a width without flips; J. Educ. Behav. Stat. 37 (2012), p. 479), and so it is where all problems
+    differ alike; of any other scores, a bootstrap over problems.
+
+    Args:
+        first: one score in 0 … 1 per problem; the mean over its episodes when there are several.
+        second: the same problems in the same order.
+        seed: seed of the bootstrap.
+
+    Raises:
+        ValueError: different lengths, or no problem.
+    """
+    first_P, second_P = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if first_P.shape != second_P.shape or not len(first_P):
+        raise ValueError(
+            f"{len(first_P)} and {len(second_P)} scores; a paired comparison needs one of each per problem"
+        )
+    difference_P = second_P - first_P
+    n = len(difference_P)
+    gained, lost = int((difference_P > 0).sum()), int((difference_P < 0).sum())
+    if np.isin(difference_P, (-1, 0, 1)).all() or np.ptp(difference_P) == 0:
+        padded = np.append(difference_P, (1.0, -1.0))
+        half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * float(padded.std()) / math.sqrt(n + 2)
+        centre = float(padded.mean())
+        low, high = max(-1.0, centre - half), min(1.0, centre + half)
+    else:
+        low, high = bootstrap_interval(difference_P, seed=seed)
+    return PairedComparison(float(difference_P.mean()), low, high, n, gained, lost, sign_test(gained, lost))
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Exact p-value that gains and losses are equally likely: ``2 P(X ≤ min)``, X ~ Binomial(both, ½)."""
+    flips = gained + lost
+    tail = sum(math.comb(flips, i) for i in range(min(gained, lost) + 1))
+    return min(1.0, float(2 * tail / 2**flips))
 
 
 @dataclass(frozen=True)

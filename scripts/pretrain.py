@@ -90,12 +90,9 @@ RECIPES = {
 def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with single digits, learnt from ``texts``; any text survives it unchanged."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL_TOKENS) - len(TAGS),
@@ -181,14 +178,10 @@ def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
+    rate = recipe.learning_rate
     return [
-        torch.optim.Muon(
-            matrices,
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
@@ -200,14 +193,11 @@ def train(
     vocab_size: int,
     report: Callable[[int, float, float | None], None],
 ) -> int:
-    """Supervised training on the sampled tokens of ``rows``.
+    """Supervised training on the sampled tokens of ``rows``; returns the updates made.
 
     Args:
         report: called after every update with its number, the loss in nats a token, and the share of right
             validation episodes when it was measured.
-
-    Returns:
-        Updates made.
     """
     policy = PolicyModule(model, vocab_size)
     steppers = optimizers(model, recipe)

@@ -28,7 +28,7 @@ from opd_env.errors import UserError
 from opd_env.tools.errors import ToolError, ToolErrorKind
 from opd_env.tools.mcp_http import LOST, http_client
 from opd_env.tools.mcp_stdio import NOT_SENT, TOO_LONG, ServerLog, stdio_transport
-from opd_env.tools.output import without_surrogates
+from opd_env.tools.output import encodable
 from opd_env.tools.redaction import RedactingFilter, forms_of, redact
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class Connection:
         """
         if os.getpid() != self._owner:
             raise ToolError(ToolErrorKind.SANDBOX, "the tool's server was mounted in another process")
-        return _run(self._call(name, _encodable(arguments)))
+        return _run(self._call(name, encodable(arguments)))
 
     def close(self) -> None:
         """Ends it; the next call would start it again."""
@@ -279,15 +279,6 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
             loop = _loops[os.getpid()] = asyncio.new_event_loop()
             threading.Thread(target=loop.run_forever, name="opd-env-mcp", daemon=True).start()
     return asyncio.run_coroutine_threadsafe(work, loop).result()
-
-
-def _encodable(value: Any) -> Any:
-    """A JSON value without lone surrogates, which UTF-8 has not."""
-    if isinstance(value, str):
-        return without_surrogates(value)
-    if isinstance(value, dict):
-        return {without_surrogates(name): _encodable(one) for name, one in value.items()}
-    return [_encodable(one) for one in value] if isinstance(value, list) else value
 
 
 def _text_of(blocks: Sequence[Any]) -> str:

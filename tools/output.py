@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from opd_env.tools.errors import ToolError, ToolErrorKind
 from opd_env.tools.redaction import redact
@@ -106,3 +107,12 @@ def _one_line(error: BaseException, secrets: Sequence[str] = ()) -> str:
 def without_surrogates(text: str) -> str:
     """Replaces lone surrogates, which no tokenizer and no UTF-8 file accepts."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def encodable(value: Any) -> Any:
+    """A JSON value without lone surrogates, which UTF-8 has not."""
+    if isinstance(value, str):
+        return without_surrogates(value)
+    if isinstance(value, dict):
+        return {without_surrogates(name): encodable(one) for name, one in value.items()}
+    return [encodable(one) for one in value] if isinstance(value, list) else value

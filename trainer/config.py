@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any
 
 from opd_env.command_line import configure
-from opd_env.configuration import ConfigError, choose, fingerprint
+from opd_env.configuration import ConfigError, check_range, choose, fingerprint
 from opd_env.limits import RolloutLimits
 from opd_env.trainer.contradictions import refuse_contradictions
 from opd_env.trainer.modes import Baseline, Estimator, Mode, RatioPolicy
@@ -75,8 +75,8 @@ class LoRASettings:
     """Names of the layers that get an adapter; all-linear means every linear layer but the head."""
 
     def __post_init__(self) -> None:
-        _check(self, "rank", 1, 1024, prefix="lora.")
-        _check(self, "alpha", 0, exclusive=True, prefix="lora.")
+        check_range(self, "rank", 1, 1024, prefix="lora.")
+        check_range(self, "alpha", 0, exclusive=True, prefix="lora.")
         if not self.targets:
             raise ConfigError("lora.targets is empty; name layers, or all-linear")
 
@@ -256,24 +256,24 @@ class OPDConfig:
             "steps", "episodes_per_step", "samples_per_problem", "updates_per_step", "tokens_per_microbatch",
             "concurrent_episodes", "eval_problems", "eval_samples", "checkpoint_keep", "topk_tokens",
         ):  # fmt: skip
-            _check(self, name, 1)
+            check_range(self, name, 1)
         for name in (
             "weight_decay", "warmup_steps", "sft_steps", "seed", "tool_workers", "eval_every", "checkpoint_every",
             "divergence_coefficient", "reward_coefficient",
         ):  # fmt: skip
-            _check(self, name, 0)
+            check_range(self, name, 0)
         for name in ("learning_rate", "sft_learning_rate", "max_grad_norm", "max_logprob_gap"):
-            _check(self, name, 0, exclusive=True)
+            check_range(self, name, 0, exclusive=True)
         if self.clip_log_ratio is not None:
-            _check(self, "clip_log_ratio", 0, exclusive=True)
+            check_range(self, "clip_log_ratio", 0, exclusive=True)
         if self.clip_ratio is not None:
-            _check(self, "clip_ratio", 0, 0.999, exclusive=True)
+            check_range(self, "clip_ratio", 0, 0.999, exclusive=True)
         if self.truncate_weight is not None:
-            _check(self, "truncate_weight", 1)
-        _check(self, "gamma", 0, 1)
-        _check(self, "teacher_demonstrations", 0, 64)
-        _check(self, "temperature", 0, 2, exclusive=True)
-        _check(self, "eval_temperature", 0, 2)
+            check_range(self, "truncate_weight", 1)
+        check_range(self, "gamma", 0, 1)
+        check_range(self, "teacher_demonstrations", 0, 64)
+        check_range(self, "temperature", 0, 2, exclusive=True)
+        check_range(self, "eval_temperature", 0, 2)
         refuse_contradictions(self)
 
     @property
@@ -294,23 +294,3 @@ def load_config(arguments: Sequence[str], *, prog: str = "opd-env train") -> OPD
         ConfigError: one sentence on what is wrong and what to write instead.
     """
     return configure(OPDConfig, arguments, prog=prog)
-
-
-def _check(
-    settings: Any,
-    name: str,
-    low: float,
-    high: float | None = None,
-    *,
-    exclusive: bool = False,
-    prefix: str = "",
-) -> None:
-    """Raises unless low ≤ value ≤ high (low < value with ``exclusive``) and the value is a finite number."""
-    value = getattr(settings, name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{prefix}{name}={value!r} is not a number")
-    above = value > low if exclusive else value >= low
-    if not above or (high is not None and not value <= high) or value == float("inf"):
-        bound = f"above {low}" if exclusive else f"at least {low}"
-        limit = "" if high is None else f" and at most {high}"
-        raise ConfigError(f"{prefix}{name}={value} is out of range: it must be {bound}{limit}")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_env.configuration import ConfigError
+from opd_env.configuration import ConfigError, check_range
 from opd_env.metrics import NOT_JUDGED
 from opd_env.trajectory import TokenKind, Trajectory
 
@@ -68,11 +68,9 @@ class TokenWeights:
 
     def __post_init__(self) -> None:
         for name in ("text", "thinking", "tool_call", "error_turns"):
-            if not 0 <= getattr(self, name) <= 10:
-                raise ConfigError(f"weights.{name}={getattr(self, name)} is out of range: it must be from 0 to 10")
+            check_range(self, name, 0, 10, prefix="weights.")
         for name in ("turn_decay", "token_decay"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"weights.{name}={getattr(self, name)} is out of range: it must be above 0, up to 1")
+            check_range(self, name, 0, 1, exclusive=True, prefix="weights.")
         if self.text == self.thinking == self.tool_call == 0:
             raise ConfigError("weights.text, weights.thinking and weights.tool_call are all 0: nothing would be learnt")
 

@@ -1,16 +1,13 @@
 """A chat format that is derived from the tokenizer's own template, and proved on it when it is made.
 
 Families differ in how calls are written (``parser``, ``write``). What stands between turns is read off the template
-(``chat_template``). Then a conversation with calls and results is appended piece by piece, and must give the tokens
-of the template for the whole of it::
+(``chat_template``), and what comes of it is proved (``proof``)::
 
-    chat = HermesFormat(tokenizer)          # ValueError, with the first difference, where that does not hold
+    chat = HermesFormat(tokenizer)          # ValueError, with the first difference, where appending gives other tokens
     chat.not_append_only                    # (): whatever is appended, the template writes the same
 
-Two differences are accepted: templates that leave out or add thinking blocks when a conversation is rendered anew
-(Qwen 3), and those that move the tools' description to the last question (Mistral). ``not_append_only`` names when that
-changes the next prompt. Then ``render_conversation`` gives the prompt that the template writes, and an episode goes on
-in a new row.
+Where ``not_append_only`` names cases, ``render_conversation`` gives the prompt that the template writes, and an episode
+goes on in a new row.
 
 Test it alone: ``pytest tests/core/test_formats.py tests/core/test_formats_families.py``
 """
@@ -25,13 +22,12 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 from opd_env.formats.base import ChatFormat, Exchange, Rendered
-from opd_env.formats.chat_template import CALL, OPENING, ChatTemplate, Part, Refused, without_thinking
+from opd_env.formats.chat_template import ChatTemplate, Part, Refused
 from opd_env.formats.parse import ParsedTurn, Parser
+from opd_env.formats.proof import prove
 from opd_env.formats.token_text import Decoded, Piece, TokenText
-from opd_env.messages import Message, ToolCall, assistant, calls_of, system, tool_message, user
+from opd_env.messages import Message, ToolCall, assistant, calls_of, system, user
 from opd_env.trajectory import TokenKind
-
-_THOUGHT = "<think>\nI should compute.\n</think>\n\n"
 
 
 class TemplateFormat(ChatFormat):
@@ -60,7 +56,6 @@ class TemplateFormat(ChatFormat):
     def __init__(self, tokenizer: Any, repair: bool = False) -> None:
         self.repair = repair
         self.vocab_size = len(tokenizer)
-        self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         self._text = TokenText(tokenizer)
         if not self._template.describes_tools and self.tool_section is None:
@@ -72,7 +67,7 @@ class TemplateFormat(ChatFormat):
         """Special tokens and tags with their ids: what must never arise from the text of a message."""
         self._scaffold = self._template.scaffold(self.result_block)
         self._user_scaffold = self._template.user_scaffold()
-        self.not_append_only = self._prove()
+        self.not_append_only = prove(self, self._template, tokenizer)
 
     @abstractmethod
     def write(self, content: str, calls: Sequence[ToolCall]) -> str:
@@ -80,7 +75,7 @@ class TemplateFormat(ChatFormat):
 
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """See ``ChatFormat``. Special tokens written in a message or a tool's schema are plain text to the model."""
-        return self._rendered(messages, (), tools)
+        return self.render_anew(messages, (), tools)
 
     def render_conversation(
         self, messages: Sequence[Message], exchanges: Sequence[Exchange], tools: Sequence[Mapping[str, Any]] = ()
@@ -89,13 +84,14 @@ class TemplateFormat(ChatFormat):
         if not self.not_append_only:
             return super().render_conversation(messages, exchanges, tools)
         try:
-            return self._rendered(messages, exchanges, tools)
+            return self.render_anew(messages, exchanges, tools)
         except Refused:
             return None
 
-    def _rendered(
+    def render_anew(
         self, messages: Sequence[Message], exchanges: Sequence[Exchange], tools: Sequence[Mapping[str, Any]]
     ) -> list[int]:
+        """What the template writes for a conversation, whether or not appending gives the same."""
         conversation = list(map(self._heard, messages))
         schemas = [self._hidden(schema) for schema in tools]
         if schemas and not self._template.describes_tools:  # with special tokens of the kit's own (DeepSeek)
@@ -234,97 +230,6 @@ class TemplateFormat(ChatFormat):
             else:
                 pieces.append(Piece(name, trusted=False))
         return pieces
-
-    def _prove(self) -> tuple[str, ...]:
-        """Proves on this tokenizer that appending gives the tokens of the whole conversation's template.
-
-        Returns:
-            The cases in which the next prompt differs, because the template rewrites thinking or moves the tools'
-            description.
-        """
-        thoughts = {"a turn without thinking": ""}
-        if self._template.thinks:
-            thoughts["a turn with thinking"] = _THOUGHT
-        differences = {case: self._difference(thought) for case, thought in thoughts.items()}
-        wrong = {case: difference for case, difference in differences.items() if difference}
-        if len(wrong) == len(differences) and not self._differs_in_thinking_alone():
-            raise ValueError(
-                f"the chat template of {self._template.name} does not continue what the {self.name} format appends: "
-                f"{next(iter(wrong.values()))}"
-            )
-        notes: dict[str, str] = {}
-        for after, thought in {"": "", " after thinking": _THOUGHT * self._template.thinks}.items():
-            turn = self._sample(thought)[1][0]
-            if thought and "</think>" not in turn:  # the template drops it at once (DeepSeek R1)
-                turn = thought.removeprefix("<think>\n" * self._template.opens_thinking) + turn
-            # The template may write an empty thinking block into its own turn; the student need not.
-            call = self.render_turn(turn if thought or self._template.opens_thinking else without_thinking(turn))
-            answer = self.render_assistant(assistant(f"{thought}It is 42."))
-            for case, exchange in {
-                "tool results": (call, self._results),
-                "a further question": (answer, [user("And 7 * 8?")]),
-            }.items():
-                appended = super().render_conversation(OPENING, [exchange], self._template.tools) or []
-                whole = self._rendered(OPENING, [exchange], self._template.tools)
-                if difference := self._first_difference(whole, appended):
-                    notes.setdefault(difference, f"{case}{after}: {difference}")
-        return tuple(notes.values())
-
-    def _sample(self, thought: str) -> tuple[list[Message], list[str]]:
-        """A conversation with a call, and its assistant turns as sampled text."""
-        first = assistant(thought + "I compute." * self.text_beside_calls, [CALL, CALL][: 1 + self.parallel_calls])
-        results = self._results
-        final = assistant(f"{thought}The answer is 42.")
-        if self._template.writes_calls:
-            answered = [*OPENING, first, *results]
-            # How calls are spelled is the model's own affair, so the template's spelling is taken, if it can be read.
-            turn = self._template.turn_of(self._template.render(answered, self._template.tools))
-            turn = turn.partition(self._template.end)[0]
-            conversation = [*answered, final]
-        else:  # such a template is asked for the same text, written as ordinary messages
-            turn = thought + self.write("I compute." * self.text_beside_calls, calls_of(first))
-            conversation = [*OPENING, assistant(turn), user(self.results_text(results)), final]
-        read = self.parse_text(turn).calls
-        if [(call.name, call.arguments) for call in read] != [(call.name, call.arguments) for call in calls_of(first)]:
-            raise ValueError(
-                f"the chat template of {self._template.name} writes calls that the {self.name} format cannot read: "
-                f"{turn!r}"
-            )
-        return conversation, [turn, self.decode(self.render_assistant(final)[:-1])]
-
-    @property
-    def _results(self) -> list[Message]:
-        return [tool_message(CALL.name, " 42\n"), tool_message(CALL.name, "é€")][: 1 + self.parallel_calls]
-
-    def _appended(self, turns: Sequence[str]) -> list[int]:
-        return [
-            *self.render_prompt(OPENING, self._template.tools),
-            *self.render_turn(turns[0]),
-            *self.render_tool_results(self._results),
-            *self.render_turn(turns[1]),
-        ]
-
-    def _difference(self, thought: str) -> str:
-        """The first difference between what is appended and the template; empty when there is none."""
-        conversation, turns = self._sample(thought)
-        text = self._template.render(conversation, self._template.tools, prompt=False)
-        appended = self._appended(turns)
-        whole = self._tokenizer.encode(text, add_special_tokens=False)
-        return "" if whole[: len(appended)] == appended else self._first_difference(whole, appended)
-
-    def _first_difference(self, whole: Sequence[int], appended: Sequence[int]) -> str:
-        if whole == appended:
-            return ""
-        same = next(i for i, (a, b) in enumerate(zip([*whole, None], [*appended, None], strict=False)) if a != b)
-        return (
-            f"after {self.decode(appended[max(0, same - 8) : same])!r} the template writes "
-            f"{self.decode(whole[same : same + 8])!r}, the format {self.decode(appended[same : same + 8])!r}"
-        )
-
-    def _differs_in_thinking_alone(self) -> bool:
-        conversation, turns = self._sample("")
-        text = self._template.render(conversation, self._template.tools, prompt=False)
-        return without_thinking(text).startswith(without_thinking(self.decode(self._appended(turns))))
 
 
 def join_calls(content: str, blocks: str) -> str:

@@ -11,7 +11,8 @@ import pytest
 from opd_env.cli import main
 from opd_env.compare import NotComparable, Side, compare, named_by_model, read_side
 from opd_env.compare_page import write_comparison
-from opd_env.statistics import compare_paired, rate, sign_test
+from opd_env.paired import compare_paired, sign_test
+from opd_env.statistics import rate
 from opd_env.trajectory import Trajectory
 from tests.core.run_samples import make_run, write_evaluation
 from tests.core.trajectory_samples import Call, make_trajectories, make_trajectory

@@ -17,11 +17,9 @@ from opd_env.statistics import (
     NO_RATE,
     Rate,
     bootstrap_interval,
-    compare_paired,
     majority_at_k,
     pass_at_k,
     rate,
-    sign_test,
     wilson,
 )
 
@@ -165,54 +163,6 @@ def test_pass_at_k_is_nan_without_enough_episodes_and_refuses_nonsense() -> None
         pass_at_k(3, 1, 0)
     with pytest.raises(ValueError, match="4 correct among 3"):
         pass_at_k(3, 4, 1)
-
-
-def test_sign_test_is_the_enumerated_binomial_tail() -> None:
-    for gained, lost in itertools.product(range(7), repeat=2):
-        flips = gained + lost
-        heads = [sum(coins) for coins in itertools.product((0, 1), repeat=flips)]
-        extreme = sum(abs(count - flips / 2) >= abs(gained - flips / 2) for count in heads) / len(heads)
-        assert sign_test(gained, lost) == pytest.approx(extreme)
-
-
-def test_sign_test_has_known_values_and_survives_thousands_of_flips() -> None:
-    assert sign_test(0, 0) == 1.0
-    assert sign_test(10, 2) == pytest.approx(0.03857421875)
-    assert 0 <= sign_test(5000, 100) < 1e-300
-
-
-def test_paired_comparison_of_verdicts() -> None:
-    first = [0] * 30 + [1] * 20 + [1] * 5 + [0] * 45
-    second = [1] * 30 + [1] * 20 + [0] * 5 + [0] * 45
-    got = compare_paired(first, second)
-    assert (got.difference, got.gained, got.lost, got.n) == (0.25, 30, 5, 100)
-    # Bonett and Price by hand: p12 = 31/102, p21 = 6/102.
-    centre = 25 / 102
-    half = 1.959964 * math.sqrt((31 / 102 + 6 / 102 - centre**2) / 102)
-    assert (got.low, got.high) == pytest.approx((centre - half, centre + half), abs=1e-6)
-    assert got.p_value == sign_test(30, 5)
-    assert str(got) == "+25.0 points [+13.8, +35.2], 30 gained, 5 lost, p = 2.2e-05"
-
-
-def test_pairs_without_a_flip_still_have_an_interval() -> None:
-    got = compare_paired([1, 0, 1, 1], [1, 0, 1, 1])
-    assert got.difference == 0
-    assert got.low < 0 < got.high
-    assert got.p_value == 1.0
-
-
-def test_paired_comparison_of_averages_is_a_bootstrap_over_problems() -> None:
-    first, second = [0.25, 0.5, 0.75, 0.0] * 10, [0.5, 0.5, 1.0, 0.25] * 10
-    got = compare_paired(first, second)
-    assert (got.low, got.high) == bootstrap_interval(np.subtract(second, first))
-    assert (got.gained, got.lost) == (30, 0)
-
-
-def test_pairs_of_different_problems_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 and 1 scores"):
-        compare_paired([0, 1], [1])
-    with pytest.raises(ValueError, match="0 and 0 scores"):
-        compare_paired([], [])
 
 
 def test_importing_statistics_pulls_in_no_heavy_library() -> None:

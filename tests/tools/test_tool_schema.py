@@ -10,7 +10,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from opd_env.tools import Toolbox, tool
-from opd_env.tools.schema import parse_docstring, read_signature
+from opd_env.tools.docstring import parse_docstring
+from opd_env.tools.schema import read_signature
 
 
 class Colour(Enum):
