@@ -6,6 +6,7 @@ import asyncio
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from verl.trainer.ppo.metric_utils import process_validation_metrics
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.padding import left_right_2_no_padding
 
+from opd_env.engine import GREEDY
 from opd_env.env import ToolEnv
 from opd_env.errors import UserError
 from opd_env.formats import get_format
 from opd_env.limits import RolloutLimits
+from opd_env.local_engine import LocalEngine
 from opd_env.messages import assistant
-from opd_env.plugins.verl import agent_loop
+from opd_env.models import load_model
 from opd_env.plugins.verl.examples import example_rows
 from opd_env.rollouts import rollout
 from opd_env.tasks import load_task
@@ -88,6 +91,29 @@ def test_verls_worker_plays_the_kits_own_episodes(config: Any, response: int) ->
     assert any(turn.user for one in trajectories for turn in one.turns)
 
 
+def test_a_model_plays_the_same_episodes(tmp_path: Path) -> None:
+    """The packaged student, which calls its calculator, sampled by the kit's engine behind verl's worker."""
+    loaded = load_model("packaged:student")
+    chat, task = get_format(loaded.tokenizer), load_task("arithmetic")
+    engine = LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size)
+
+    def respond(ids: list[int], params: dict[str, Any]) -> dict[str, Any]:
+        (turn,) = engine.generate([ids], replace(GREEDY, max_tokens=params["max_tokens"]))
+        return {"token_ids": turn.token_ids, "log_probs": turn.logprobs}
+
+    config = verl_config(tmp_path, "data.max_response_length=250", tokenizer=loaded.tokenizer)
+    batch = play(config, Server(respond), example_rows("arithmetic")[:2], validate=True)
+    found = rollout(task, engine, chat, indices=range(2), sampling=GREEDY).trajectories
+    assert sum(len(one.calls) for one in found) > 0
+    for row, trajectory in enumerate(found):
+        start, part = trajectory.turns[0].start, response_of(batch, row)
+        assert batch.batch["responses"][row, part].tolist() == trajectory.token_ids[start:].tolist()
+        assert batch.batch["response_mask"][row, part].tolist() == trajectory.sampled[start:].tolist()
+        logprobs = batch.batch["rollout_log_probs"][row, part]
+        torch.testing.assert_close(logprobs, torch.from_numpy(trajectory.logprobs[start:]), atol=1e-4, rtol=0)
+        assert batch.batch["rm_scores"][row].sum() == trajectory.correct
+
+
 def test_limits_of_the_agent_loop_file_hold(config: Any, tmp_path: Path) -> None:
     file = tmp_path / "loops.yaml"
     file.write_text(
@@ -138,13 +164,17 @@ def test_verls_validation_averages_what_the_loop_tells(config: Any) -> None:
     assert "stop_reason" not in found
 
 
+def distilling(config: Any, loss_mode: str) -> Any:
+    config = config.copy()
+    config.distillation.enabled = True
+    config.distillation.distillation_loss.update({"loss_mode": loss_mode, "use_policy_gradient": True})
+    config.distillation.teacher_models.teacher_model.update({"key": "default", "model_path": "teacher"})
+    return config
+
+
 def test_the_advantages_of_verls_batch_are_those_of_the_kits_trajectories(config: Any) -> None:
     """verl's worker asks its teacher, verl pads, packs and shifts; the loss must meet the same tokens again."""
-    config = config.copy()
-    for key, value in {"loss_mode": "opd_plus_centred_jsd", "use_policy_gradient": True}.items():
-        config.distillation.distillation_loss[key] = value
-    config.distillation.enabled = True
-    config.distillation.teacher_models.teacher_model.update({"key": "default", "model_path": "teacher"})
+    config = distilling(config, "opd_plus_centred_jsd")
 
     def teacher_logprobs(ids: list[int]) -> list[float]:
         return [-((7 * position + token) % 11) / 4 for position, token in enumerate(ids)]
@@ -170,19 +200,18 @@ def test_the_advantages_of_verls_batch_are_those_of_the_kits_trajectories(config
 
 @pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"top_k": 50}, {"temperature": 0.7}])
 def test_distilling_from_a_truncated_distribution_is_refused(config: Any, changes: dict[str, float]) -> None:
-    config = config.copy()
-    config.actor_rollout_ref.rollout.update(changes)
-    config.distillation.distillation_loss.loss_mode = "opd_plus_jsd"
     play(config, Server(), ROWS[:1])
-    config.distillation.enabled = True
-    with pytest.raises(UserError, match="whole distribution"):
-        agent_loop._check_sampling(config)
+    config = distilling(config, "opd_plus_jsd")
+    config.actor_rollout_ref.rollout.update(changes)
+    error = failing(config, teacher=Server())
+    assert isinstance(error, UserError)
+    assert "whole distribution" in str(error)
 
 
-def failing(config: Any, row: dict[str, Any] = ROWS[0], server: Server | None = None) -> BaseException:
+def failing(config: Any, row: dict[str, Any] = ROWS[0], server: Server | None = None, **options: Any) -> BaseException:
     """What verl's worker raises; its trainer logs it and leaves the prompt out."""
     with pytest.raises(Exception) as caught:
-        play(config, server or Server(), [row])
+        play(config, server or Server(), [row], **options)
     cause = caught.value
     while cause.__cause__ is not None:  # hydra wraps what an agent loop's constructor raises
         cause = cause.__cause__
@@ -240,6 +269,44 @@ def test_an_episode_without_log_probs_has_none(config: Any) -> None:
         batch.batch["response_mask"][0, response_of(batch, 0)].tolist()
         == expected(0).sampled[expected(0).turns[0].start :].astype(int).tolist()
     )
+
+
+def test_a_slow_tool_holds_no_other_episode(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four episodes wait for one another in their tools; if one held another, none would ever go on."""
+    together, step = threading.Barrier(4), ToolEnv.step
+    waited: set[ToolEnv] = set()
+
+    def slow_step(env: ToolEnv, action: str) -> Any:
+        if env not in waited:
+            waited.add(env)
+            together.wait(60)
+        return step(env, action)
+
+    monkeypatch.setattr(ToolEnv, "step", slow_step)
+    batch = play(config, Server(), ROWS[:4])
+    monkeypatch.undo()
+    for row in range(4):
+        assert_same(batch, row, expected(row))
+
+
+def test_environments_are_kept_for_the_next_step(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their tools' processes, which take long to start."""
+    init = ToolEnv.__init__
+    made: list[ToolEnv] = []
+
+    def counted(env: ToolEnv, *arguments: Any, **options: Any) -> None:
+        made.append(env)
+        init(env, *arguments, **options)
+
+    monkeypatch.setattr(ToolEnv, "__init__", counted)
+
+    async def run() -> None:
+        worker = AgentLoopWorker(config, Server())
+        for first in (0, 3, 6):
+            await worker.generate_sequences(batch_of(ROWS[first : first + 3]))
+
+    asyncio.run(run())
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("when", ["sampling", "a tool runs"])

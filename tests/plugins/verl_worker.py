@@ -114,8 +114,9 @@ class Server:
 
     async def generate(self, request_id: str, *, prompt_ids: Any, sampling_params: Any, **more: Any) -> TokenOutput:
         self.requests.append({"id": request_id, "prompt_ids": prompt_ids, **sampling_params, **more})
+        number = len(self.requests)
         await asyncio.sleep(0)
-        steps = {"global_steps": 7, "min_global_steps": len(self.requests), "max_global_steps": len(self.requests)}
+        steps = {"global_steps": 7, "min_global_steps": number, "max_global_steps": number}
         output: dict[str, Any] = {"stop_reason": "completed", "num_preempted": 1, "extra_fields": steps}
         if self._respond is not None:
             return TokenOutput(**output | dict(self._respond(prompt_ids, sampling_params)))

@@ -103,8 +103,9 @@ class EpisodeLoop(AgentLoopBase):  # type: ignore[misc]  # verl has no types
         try:
             play = await _in_thread(partial(self._open, env, extra_info))
             server = _Server(self.server_manager, self._request_id(priority), sampling_params, priority, self._chat)
-            while (request := play.ask()) is not None:
-                await _in_thread(partial(play.take, await server.sample(request)))
+            request = play.ask()
+            while request is not None:
+                request = await _in_thread(partial(_take, play, await server.sample(request)))
         except BaseException:
             env.close()
             raise
@@ -224,6 +225,11 @@ def _total(counts: list[int | None]) -> int:
     return sum(known) if known else -1
 
 
+def _take(play: EpisodePlay, completion: Completion) -> Request | None:
+    play.take(completion)
+    return play.ask()
+
+
 def _named(row: Mapping[str, Any]) -> str:
     return f"{row['task']}/{row['split']} number {row['index']}"
 
@@ -234,7 +240,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 async def _in_thread(work: Callable[[], Result]) -> Result:
-    """Rendering, parsing and tools take time; verl's event loop also serves all other episodes."""
+    """Rendering, parsing, tools and grading take time; verl's event loop also serves all other episodes."""
     return await asyncio.get_running_loop().run_in_executor(_threads(), work)
 
 
