@@ -18,7 +18,9 @@ pytest.importorskip("verl", reason="needs verl: make test-verl")
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
 from verl.trainer.distillation.losses import get_distillation_loss_fn
+from verl.trainer.ppo.core_algos import get_kl_controller
 from verl.trainer.ppo.metric_utils import process_validation_metrics
+from verl.trainer.ppo.ray_trainer import apply_kl_penalty, compute_advantage
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.padding import left_right_2_no_padding
 
@@ -196,6 +198,26 @@ def test_the_advantages_of_verls_batch_are_those_of_the_kits_trajectories(config
     wanted = advantage(torch.from_numpy(np.concatenate(log_ratio)), "jsd", "opd_plus_centred")
     found = -losses[data["response_mask"].bool()]
     torch.testing.assert_close(found, wanted)
+
+
+def test_an_estimators_rewards_are_log_u_without_the_grade(config: Any) -> None:
+    """verl adds log-ratios to the score before our estimator reads them: the grade must not stand among them."""
+    config = config.copy()
+    config.algorithm.adv_estimator = "opd_plus_jsd"
+    config.algorithm.update({"use_kl_in_reward": True, "kl_ctrl": {"type": "fixed", "kl_coef": 1.0}})
+    batch = play(config, Server(), ROWS)
+    assert batch.non_tensor_batch["acc"].sum() > 0
+    data = batch.batch
+    data["token_level_scores"], data["old_log_probs"] = data["rm_scores"], data["rollout_log_probs"]
+    data["ref_log_prob"] = -data["responses"] / 100
+    batch, _ = apply_kl_penalty(batch, get_kl_controller(config.algorithm.kl_ctrl), config.algorithm.kl_penalty)
+    mask = data["response_mask"].bool()
+    found = compute_advantage(batch, config.algorithm.adv_estimator, config=config.algorithm).batch["advantages"]
+    wanted = advantage(data["ref_log_prob"] - data["old_log_probs"], "jsd", "opd_plus", mask=mask)
+    torch.testing.assert_close(found, wanted)
+    config.algorithm.kl_ctrl.kl_coef = 0.001
+    with pytest.raises(UserError, match=r"set algorithm.kl_ctrl.kl_coef=1 \(got 0.001\)"):
+        compute_advantage(batch, config.algorithm.adv_estimator, config=config.algorithm)
 
 
 @pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"top_k": 50}, {"temperature": 0.7}])

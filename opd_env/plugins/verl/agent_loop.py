@@ -112,7 +112,9 @@ class EpisodeLoop(AgentLoopBase):  # type: ignore[misc]  # verl has no types
         shelf.put(env)
         if play.trajectory is None or len(play.trajectory.rows) != 1:
             raise RuntimeError(f"{_named(extra_info)}: the chat template rewrote the conversation as it went on")
-        return server.output(play.trajectory)
+        # An advantage estimator of the kit reads log u as the rewards, to which verl would add the score.
+        scored = not _is_ours(self.config.algorithm.adv_estimator)
+        return server.output(play.trajectory, float(play.trajectory.correct) if scored else 0.0)
 
     def _open(self, env: ToolEnv, row: Mapping[str, Any]) -> EpisodePlay:
         play = EpisodePlay(env, self._chat, int(row["index"]))
@@ -169,7 +171,7 @@ class _Server:
         logprobs = [0.0] * len(ids) if output.log_probs is None else list(output.log_probs)
         return Completion(request.episode, ids, logprobs, truncated=not ended)
 
-    def output(self, trajectory: Trajectory) -> AgentLoopOutput:
+    def output(self, trajectory: Trajectory, score: float) -> AgentLoopOutput:
         """What verl learns from."""
         prompt = trajectory.turns[0].start
         told = all(output.log_probs is not None for output in self.outputs)
@@ -178,7 +180,7 @@ class _Server:
             response_ids=trajectory.token_ids[prompt:].tolist(),
             response_mask=trajectory.sampled[prompt:].astype(int).tolist(),
             response_logprobs=trajectory.logprobs[prompt:].tolist() if told else None,
-            reward_score=float(trajectory.correct),
+            reward_score=score,
             num_turns=2 * len(trajectory.turns),
             metrics=AgentLoopMetrics(
                 generate_sequences=sum(turn.generate_seconds for turn in trajectory.turns),
@@ -197,14 +199,19 @@ class _Server:
 
 def _check_sampling(config: Any) -> None:
     """Refuses to sample otherwise than the advantages of ``estimators`` assume."""
-    distillation, rollout = config.distillation, config.actor_rollout_ref.rollout
+    rollout, distillation = config.actor_rollout_ref.rollout, config.distillation
+    loss = distillation.distillation_loss.loss_mode if distillation.enabled else config.algorithm.adv_estimator
     drawn = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
     whole = drawn["temperature"] == 1 and drawn["top_p"] == 1 and drawn["top_k"] in (-1, 0)
-    if distillation.enabled and str(distillation.distillation_loss.loss_mode).startswith("opd_") and not whole:
+    if _is_ours(loss) and not whole:
         raise UserError(
-            f"{distillation.distillation_loss.loss_mode} needs samples from the whole distribution of the student, but "
-            f"actor_rollout_ref.rollout has {drawn}; set temperature=1, top_p=1 and top_k=-1"
+            f"{loss} needs samples from the whole distribution of the student, but actor_rollout_ref.rollout has "
+            f"{drawn}; set temperature=1, top_p=1 and top_k=-1"
         )
+
+
+def _is_ours(name: Any) -> bool:
+    return str(name).startswith("opd_")
 
 
 def _told(trajectory: Trajectory) -> dict[str, Any]:

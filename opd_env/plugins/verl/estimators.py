@@ -7,7 +7,8 @@ two of verl's registries:
   teacher's log-probs;
 - advantage estimators (``algorithm.adv_estimator``), which read log u as the reward of a token: that is what
   ``algorithm.use_kl_in_reward=true``, ``algorithm.kl_penalty=kl``, ``algorithm.kl_ctrl.kl_coef=1``, the teacher as
-  reference model and a reward function that returns 0 make of it.
+  reference model and a score of 0 make of it. The agent loop ``opd_env`` gives that score; others need a reward
+  function that returns 0.
 
 Test it alone: ``pytest tests/plugins/test_verl_estimators.py`` (needs verl)
 """
@@ -23,6 +24,7 @@ from verl.trainer.distillation.losses import DistillationLossSettings, register_
 from verl.trainer.ppo.core_algos import register_adv_est
 from verl.workers.utils.padding import no_padding_2_padding
 
+from opd_env.errors import UserError
 from opd_env.trainer.advantages import advantage
 from opd_env.trainer.divergences import list_divergences
 from opd_env.trainer.modes import Mode
@@ -31,7 +33,10 @@ from opd_env.trainer.modes import Mode
 def estimator(divergence: str, mode: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """An advantage estimator for ``register_adv_est``; rewards ``[B, T]`` hold log u = teacher - student."""
 
-    def estimate(token_level_rewards: Tensor, response_mask: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def estimate(
+        token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        _check_rewards(config)
         advantages_BT = advantage(token_level_rewards, divergence, mode, mask=response_mask.bool())
         return advantages_BT, advantages_BT
 
@@ -57,6 +62,22 @@ def distillation_loss(divergence: str, mode: str) -> Callable[..., tuple[Tensor,
         return -advantages_BT, {"distillation/teacher_kl": kl.item()}
 
     return losses
+
+
+def _check_rewards(algorithm: Any) -> None:
+    """Refuses settings of verl's ``algorithm`` under which the rewards are not log u."""
+    if algorithm is None or not len(algorithm):
+        return
+    found = {key: algorithm.get(key) for key in ("use_kl_in_reward", "kl_penalty")}
+    found |= {f"kl_ctrl.{key}": algorithm.kl_ctrl.get(key) for key in ("type", "kl_coef")}
+    needed = {"use_kl_in_reward": True, "kl_penalty": "kl", "kl_ctrl.type": "fixed", "kl_ctrl.kl_coef": 1}
+    wrong = {key: value for key, value in found.items() if value != needed[key]}
+    if wrong:
+        right = ", ".join(f"algorithm.{key}={str(needed[key]).lower()}" for key in wrong)
+        raise UserError(
+            f"{algorithm.get('adv_estimator')} reads the log-ratio of teacher and student as rewards; set {right} (got "
+            f"{', '.join(map(str, wrong.values()))})"
+        )
 
 
 def _padded(values: Tensor) -> Tensor:
