@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from verl.trainer.ppo.ray_trainer import apply_kl_penalty, compute_advantage
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from opd_env.engine import GREEDY
+from opd_env.engine import GREEDY, Completion
 from opd_env.env import ToolEnv
 from opd_env.errors import UserError
 from opd_env.formats import get_format
@@ -383,6 +383,37 @@ def test_a_template_that_rewrites_what_was_sampled_is_refused(family: str, tmp_p
         assert play(config, server, [arithmetic]).non_tensor_batch["stop_reason"] == ["answer"]
     else:
         assert "rewrites the conversation: tool results" in str(failing(config, arithmetic, server))
+
+
+def test_where_a_turns_spelling_is_rewritten_the_first_row_is_learnt_from(tmp_path: Path) -> None:
+    tokenizer = family_tokenizer("Qwen 3")
+    tokenizer.pad_token = "<|endoftext|>"
+    chat = get_format(tokenizer)
+    text = "<think>Hm.</think>" + call("calculator", '{"expression": "1"}')  # without the template's line breaks
+    odd = [*tokenizer.encode(text, add_special_tokens=False), chat.stop_token_ids[0]]
+    answer = chat.render_assistant(assistant("The answer is 427."))
+
+    def sample(ids: Sequence[int]) -> tuple[list[int], list[float]]:
+        turn = answer if "<tool_response>" in chat.decode(ids) else odd
+        return turn, [-0.5] * len(turn)
+
+    class Two(PolicyEngine):
+        def step(self) -> list[Completion]:
+            queue, self._queue = self._queue, []
+            return [Completion(one.episode, *sample(one.token_ids), truncated=False) for one in queue]
+
+    config = verl_config(tmp_path, "data.max_prompt_length=2000", tokenizer=tokenizer)
+    server = Server(lambda ids, params: dict(zip(("token_ids", "log_probs"), sample(ids), strict=True)))
+    batch = play(config, server, example_rows("arithmetic")[:1])
+    (whole,) = rollout(load_task("arithmetic"), Two(), chat, indices=[0]).trajectories
+    first, start = whole.rows[0], whole.turns[0].start
+    assert len(whole.rows) == 2
+    assert whole.correct
+    assert batch.batch["responses"][0, response_of(batch, 0)].tolist() == odd
+    assert odd == whole.token_ids[start : first.stop].tolist()
+    assert batch.batch["response_mask"].sum() == len(odd)
+    assert batch.batch["rm_scores"][0, len(odd) - 1] == 1
+    assert batch.non_tensor_batch["left_out_tokens"] == [len(answer)]
 
 
 def test_arguments_of_the_chat_template_are_refused(config: Any) -> None:

@@ -110,8 +110,8 @@ class EpisodeLoop(AgentLoopBase):  # type: ignore[misc]  # verl has no types
             env.close()
             raise
         shelf.put(env)
-        if play.trajectory is None or len(play.trajectory.rows) != 1:
-            raise RuntimeError(f"{_named(extra_info)}: the chat template rewrote the conversation as it went on")
+        if play.trajectory is None:
+            raise RuntimeError(f"{_named(extra_info)} ended without a trajectory")
         # An advantage estimator of the kit reads log u as the rewards, to which verl would add the score.
         scored = not _is_ours(self.config.algorithm.adv_estimator)
         return server.output(play.trajectory, float(play.trajectory.correct) if scored else 0.0)
@@ -172,14 +172,17 @@ class _Server:
         return Completion(request.episode, ids, logprobs, truncated=not ended)
 
     def output(self, trajectory: Trajectory, score: float) -> AgentLoopOutput:
-        """What verl learns from."""
-        prompt = trajectory.turns[0].start
+        """What verl learns from: the first row, which is the whole episode unless its student's spelling of a turn made
+        the chat template rewrite the conversation. Sampled tokens of further rows are left out, and counted.
+        """
+        prompt, row = trajectory.turns[0].start, trajectory.rows[0]
+        response = slice(prompt, row.stop)
         told = all(output.log_probs is not None for output in self.outputs)
         return AgentLoopOutput(
             prompt_ids=trajectory.token_ids[:prompt].tolist(),
-            response_ids=trajectory.token_ids[prompt:].tolist(),
-            response_mask=trajectory.sampled[prompt:].astype(int).tolist(),
-            response_logprobs=trajectory.logprobs[prompt:].tolist() if told else None,
+            response_ids=trajectory.token_ids[response].tolist(),
+            response_mask=trajectory.sampled[response].astype(int).tolist(),
+            response_logprobs=trajectory.logprobs[response].tolist() if told else None,
             reward_score=score,
             num_turns=2 * len(trajectory.turns),
             metrics=AgentLoopMetrics(
@@ -223,6 +226,7 @@ def _told(trajectory: Trajectory) -> dict[str, Any]:
         "sampled_tokens": float(trajectory.num_sampled),
         "calls": float(len(trajectory.calls)),
         "failed_calls": float(len(failed)),
+        "left_out_tokens": float(trajectory.sampled[trajectory.rows[0].stop :].sum()),
         "stop_reason": str(trajectory.stop_reason),
     }
 
