@@ -6,12 +6,18 @@ processor, so that the ratio can be measured on a busy machine, too::
 
     OMP_NUM_THREADS=1 python benchmarks/slow_tools.py --episodes 512 --runs 3
 
-The second line of a run opens no more episodes than the engine runs: what waiting episodes would cost.
+``--open 128 64`` does it twice, the second time with no more episodes open than the engine runs: those that wait for
+tools then leave gaps.
 
 ``--model`` samples with the real local engine instead: every token is a forward pass of a model on this machine's
 processors, only which token comes of it is decided by the script::
 
-    OMP_NUM_THREADS=2 python benchmarks/slow_tools.py --model packaged:student --episodes 256 --runs 3
+    OMP_NUM_THREADS=2 python benchmarks/slow_tools.py --model packaged:student --episodes 384 --runs 3
+    OMP_NUM_THREADS=2 python benchmarks/slow_tools.py --model smollm2 --episodes 128 --runs 2 --open 64
+
+Two limits stand beside the ratio. A rollout takes at least as long as without the tool, and as its slowest episode
+would take alone: no order of episodes beats that. Nobody knows beforehand which episode it will be: the limit of this
+order counts each episode from when it was opened in the run without the tool.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from opd_env.engine import Completion, Engine, Request
@@ -71,14 +78,15 @@ class PacedEngine(Engine):
 
     def __init__(self, chat: ChatFormat, capacity: int) -> None:
         self.capacity = capacity
+        self.opened: dict[int, float] = {}
         self.call = chat.render_assistant(assistant("", [ToolCall("wait", {"number": 1})]))
         self.answer = chat.render_assistant(assistant("1"))
         self.queue: deque[Request] = deque()
         self.running: dict[int, list[Any]] = {}
         self.due = 0.0
-        self.turns = 0
 
     def submit(self, request: Request) -> None:
+        self.opened.setdefault(request.episode, time.perf_counter())
         self.queue.append(request)
 
     def step(self) -> list[Completion]:
@@ -95,7 +103,6 @@ class PacedEngine(Engine):
                 del self.running[episode]
                 ids = self.call if state[1] else self.answer
                 ended.append(Completion(episode, ids, [-1.0] * len(ids), truncated=False))
-        self.turns += len(ended)
         return ended
 
     @property
@@ -117,54 +124,95 @@ class ForcedEngine(LocalEngine):
             for made in ([], calls)
             for count in [(TURN_TOKENS - len(chat.render_assistant(assistant("", made)))) // 2]
         ]
-        self.turns = 0
+        self.opened: dict[int, float] = {}
 
-    def _sample(self, rows: list[Any], logits_NV: Any) -> None:
-        super()._sample(rows, logits_NV)
-        for row in rows:
-            script = self.scripts[random.Random(row.request.seed).random() < 0.25]
+    def submit(self, request: Request) -> None:
+        self.opened.setdefault(request.episode, time.perf_counter())
+        super().submit(request)
+
+    def _forward(self, first: int, new: list[list[int]]) -> None:
+        super()._forward(first, new)
+        for row in self._rows[first : first + len(new)]:
+            script = self.scripts[random.Random(row.turn.seed).random() < 0.25]
             row.ids[-1] = script[len(row.ids) - 1]
-            self.turns += len(row.ids) == len(script)
 
 
-def measure(engine: PacedEngine | ForcedEngine, chat: ChatFormat, seconds: float, episodes: int) -> float:
-    """Turns per second."""
+@dataclass(frozen=True)
+class Measured:
+    """One rollout."""
+
+    turns_E: list[int]
+    """Of each episode."""
+    calls_E: list[int]
+    opened_E: list[float]
+    """Seconds from the start of the rollout to the first turn's request."""
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Turns per second."""
+        return sum(self.turns_E) / self.seconds
+
+
+def measure(engine: PacedEngine | ForcedEngine, chat: ChatFormat, seconds: float, episodes: int) -> Measured:
+    """Plays episodes with a tool that takes so long."""
     global tool_seconds
     tool_seconds = seconds
+    started, processor = time.perf_counter(), time.process_time()
     result = rollout(
         Waiting(), engine, chat, indices=range(episodes), tool_workers=64,
         limits=RolloutLimits(max_turns=8, max_turn_tokens=64),
     )  # fmt: skip
+    processor = time.process_time() - processor
     if result.errors:
         raise RuntimeError(result.errors[0].message)
-    print(
-        f"    {seconds:.1f} s tool: {engine.turns / result.seconds:.1f} turns/s, {result.seconds:.1f} s, of which "
-        f"{result.generate_seconds:.1f} s in the engine and {result.tail_seconds:.1f} s in the tail"
+    played = Measured(
+        [len(one.turns) for one in result.trajectories],
+        [len(one.calls) for one in result.trajectories],
+        [engine.opened[episode] - started for episode in range(episodes)],
+        result.seconds,
     )
-    return engine.turns / result.seconds
+    print(
+        f"    {seconds:.1f} s tool: {played.speed:.1f} turns/s, {result.seconds:.1f} s ({processor:.1f} s of CPU), of "
+        f"which {result.generate_seconds:.1f} s in the engine and {result.tail_seconds:.1f} s in the tail"
+    )
+    return played
+
+
+def limits(quick: Measured, alone: float) -> tuple[float, float]:
+    """The highest ratios that any order, and this one, could reach; a turn of an episode alone takes ``alone``."""
+    chains_E = [turns * alone + 0.5 * calls for turns, calls in zip(quick.turns_E, quick.calls_E, strict=True)]
+    ends_E = [opened + chain for opened, chain in zip(quick.opened_E, chains_E, strict=True)]
+    return tuple(quick.seconds / max(quick.seconds, *least_E) for least_E in (chains_E, ends_E))  # type: ignore[return-value]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Throughput of rollouts with a slow tool, against a quick one.")
     parser.add_argument("--episodes", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--open", type=int, nargs="+", default=[2 * RUNNING, RUNNING], help="episodes open at a time")
     parser.add_argument("--model", help="sample with this model here, instead of an engine that stands for a server")
     args = parser.parse_args()
     loaded = load_model(args.model or "packaged:student")
     chat = get_format(loaded.tokenizer)
-    for capacity, label in ((2 * RUNNING, f"{2 * RUNNING} episodes open"), (RUNNING, f"{RUNNING} episodes open")):
-        ratios = []
+
+    def engine(capacity: int) -> PacedEngine | ForcedEngine:
+        return ForcedEngine(loaded.model, chat, capacity) if args.model else PacedEngine(chat, capacity)
+
+    alone = min(1 / measure(engine(1), chat, 0.0, 2).speed for _ in range(3))
+    for capacity in args.open:
+        rows = []
         for _ in range(args.runs):
-            quick, slow = (
-                measure(
-                    ForcedEngine(loaded.model, chat, capacity) if args.model else PacedEngine(chat, capacity),
-                    chat, seconds, args.episodes,
-                )
-                for seconds in (0.0, 0.5)
-            )  # fmt: skip
-            ratios.append(slow / quick)
-            print(f"{label}: {quick:.1f} turns/s without, {slow:.1f} with the 0.5 s tool: {slow / quick:.1%}")
-        print(f"{label}: median ratio {statistics.median(ratios):.1%}")
+            quick, slow = (measure(engine(capacity), chat, seconds, args.episodes) for seconds in (0.0, 0.5))
+            ratio, bounds = slow.speed / quick.speed, limits(quick, alone)
+            rows.append((ratio, ratio / bounds[0], ratio / bounds[1]))
+            print(
+                f"{capacity} episodes open: {quick.speed:.1f} turns/s without, {slow.speed:.1f} with the 0.5 s tool: "
+                f"{ratio:.1%} (limit of any order {bounds[0]:.1%}, of this order {bounds[1]:.1%})"
+            )
+        medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+        print(f"{capacity} episodes open: median ratio {medians[0]:.1%}; {medians[1]:.1%} of the limit of any order, "
+              f"{medians[2]:.1%} of the limit of this order")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -98,6 +98,13 @@ class Engine(ABC):
         """Works for a moment (a local engine: one token for every running turn); returns the turns that ended."""
 
     @property
+    def side_by_side(self) -> int:
+        """Turns that are worth sampling at the same time. Up to ``capacity``, more episodes are open while some wait
+        for tools.
+        """
+        return self.capacity
+
+    @property
     @abstractmethod
     def busy(self) -> bool:
         """Whether any turn is queued or running."""
@@ -137,7 +144,7 @@ class Engine(ABC):
         completions: dict[int, Completion] = {}
         waiting = list(enumerate(prefixes))[::-1]
         while waiting or self.busy:
-            while waiting and len(prefixes) - len(waiting) - len(completions) < self.capacity:
+            while waiting and len(prefixes) - len(waiting) - len(completions) < self.side_by_side:
                 index, prefix = waiting.pop()
                 self.submit(Request(-1 - index, prefix, params, seed=seed * 1_000_003 + index))
             for completion in self.step():

@@ -68,7 +68,8 @@ class LocalEngine(Engine):
         model: a causal language model, or a PEFT wrapper of one.
         stop_token_ids: any of these ends a turn; a format's ``stop_token_ids``.
         vocab_size: ids beyond it (padding of the head) are never sampled; a format's ``vocab_size``.
-        capacity: slots. Memory grows with slots times the longest episode.
+        capacity: turns that are sampled side by side. Memory grows with it times the longest episode; with as much
+            again while episodes wait for tools.
         own_weights: sample with a copy, which changes in ``update_weights`` only, so that the model can be trained
             meanwhile. It takes as much memory as the weights that are trained; frozen ones are shared.
     """
@@ -84,7 +85,8 @@ class LocalEngine(Engine):
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity={capacity}; an engine needs at least one slot")
-        self.capacity = capacity
+        self.capacity = 2 * capacity
+        self._side_by_side = capacity
         if own_weights:
             frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
             model = copy.deepcopy(model, frozen)
@@ -112,6 +114,11 @@ class LocalEngine(Engine):
                 f"model's context of {self.max_context}; lower max_tokens or max_turn_tokens"
             )
         self._queue.append(request)
+
+    @property
+    def side_by_side(self) -> int:
+        """See ``Engine``."""
+        return self._side_by_side
 
     @property
     def busy(self) -> bool:

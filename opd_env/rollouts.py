@@ -160,7 +160,7 @@ class _Rollout:
             while waiting or self.live:
                 if cancel.is_set():
                     raise RolloutCancelled
-                while waiting and len(self.live) < self.engine.capacity:
+                while waiting and self._has_room():
                     self._open(*waiting.pop())
                 self._cut_overdue()
                 if self.engine.busy:
@@ -197,6 +197,11 @@ class _Rollout:
             tool_seconds=self.tool_seconds,
             tail_seconds=ended - tail_from,
         )
+
+    def _has_room(self) -> bool:
+        """Whether to open a further episode. Those that wait for a tool leave their place to others."""
+        at_work = len(self.live) - len(self.playing)
+        return at_work < self.engine.side_by_side and len(self.live) < self.engine.capacity
 
     def _open(self, key: int, job: tuple[int, int]) -> None:
         index, sample = job

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -532,6 +532,47 @@ def test_a_local_engine_hands_out_the_turn_that_it_was_told_to_cut() -> None:
     engine.submit(Request(0, [5, 6, 7], SamplingParams(max_tokens=3)))  # the next turn of the number is its own
     (whole,) = [one for _ in range(3) for one in engine.step()]
     assert len(whole.token_ids) == 3
+
+
+class CrowdedEngine(ScriptedEngine):
+    """Samples two turns at a time and keeps four episodes open."""
+
+    side_by_side = 2
+
+    def __init__(self, respond: Callable[[Request, int], Sequence[int]]) -> None:
+        super().__init__(respond, CHAT.stop_token_ids)
+        self.capacity = 4
+        self.open: set[int] = set()
+        self.most_open = 0
+
+    def submit(self, request: Request) -> None:
+        super().submit(request)
+        self.open.add(request.episode)
+        self.most_open = max(self.most_open, len(self.open))
+
+    def release(self, episode: int) -> None:
+        super().release(episode)
+        self.open.discard(episode)
+
+
+@pytest.mark.parametrize(("workers", "most_open"), [(8, 4), (0, 2)])
+def test_episodes_that_wait_for_tools_leave_their_place_to_others(workers: int, most_open: int) -> None:
+    together = threading.Barrier(4)
+
+    @tool(timeout_s=5.0)
+    def meet() -> str:
+        """Waits until four do, where several can."""
+        if workers:
+            together.wait(timeout=4.0)
+        return "6"
+
+    def respond(request: Request, turn: int) -> list[int]:
+        return CHAT.render_assistant(assistant("6") if turn else assistant("", [ToolCall("meet", {})]))
+
+    engine = CrowdedEngine(respond)
+    result = rollout(Doubles(), engine, CHAT, indices=range(8), tools=[meet], tool_workers=workers)
+    assert [one.calls[0].error for one in result.trajectories] == [None] * 8
+    assert (engine.most_open, engine.open) == (most_open, set())
 
 
 def test_the_tail_begins_when_fewer_than_a_tenth_of_the_episodes_are_left() -> None:
