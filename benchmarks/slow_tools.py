@@ -6,14 +6,14 @@ processor, so that the ratio can be measured on a busy machine, too::
 
     OMP_NUM_THREADS=1 python benchmarks/slow_tools.py --episodes 512 --runs 3
 
-``--open 128 64`` does it twice, the second time with no more episodes open than the engine runs: those that wait for
-tools then leave gaps.
+It is measured twice, the second time with no more episodes open than the engine runs: those that wait for tools then
+leave gaps.
 
 ``--model`` samples with the real local engine instead: every token is a forward pass of a model on this machine's
 processors, only which token comes of it is decided by the script::
 
     OMP_NUM_THREADS=2 python benchmarks/slow_tools.py --model packaged:student --episodes 384 --runs 3
-    OMP_NUM_THREADS=2 python benchmarks/slow_tools.py --model smollm2 --episodes 128 --runs 2 --open 64
+    OMP_NUM_THREADS=2 python benchmarks/slow_tools.py --model smollm2 --episodes 128 --runs 2
 
 Two limits stand beside the ratio. A rollout takes at least as long as without the tool, and as its slowest episode
 would take alone: no order of episodes beats that. Nobody knows beforehand which episode it will be: the limit of this
@@ -190,7 +190,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Throughput of rollouts with a slow tool, against a quick one.")
     parser.add_argument("--episodes", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--open", type=int, nargs="+", default=[2 * RUNNING, RUNNING], help="episodes open at a time")
     parser.add_argument("--model", help="sample with this model here, instead of an engine that stands for a server")
     args = parser.parse_args()
     loaded = load_model(args.model or "packaged:student")
@@ -200,18 +199,19 @@ def main() -> None:
         return ForcedEngine(loaded.model, chat, capacity) if args.model else PacedEngine(chat, capacity)
 
     alone = min(1 / measure(engine(1), chat, 0.0, 2).speed for _ in range(3))
-    for capacity in args.open:
+    for capacity in [RUNNING] if args.model else [2 * RUNNING, RUNNING]:
+        label = f"{capacity} turns side by side" if args.model else f"{capacity} episodes open"
         rows = []
         for _ in range(args.runs):
             quick, slow = (measure(engine(capacity), chat, seconds, args.episodes) for seconds in (0.0, 0.5))
             ratio, bounds = slow.speed / quick.speed, limits(quick, alone)
             rows.append((ratio, ratio / bounds[0], ratio / bounds[1]))
             print(
-                f"{capacity} episodes open: {quick.speed:.1f} turns/s without, {slow.speed:.1f} with the 0.5 s tool: "
+                f"{label}: {quick.speed:.1f} turns/s without, {slow.speed:.1f} with the 0.5 s tool: "
                 f"{ratio:.1%} (limit of any order {bounds[0]:.1%}, of this order {bounds[1]:.1%})"
             )
         medians = [statistics.median(column) for column in zip(*rows, strict=True)]
-        print(f"{capacity} episodes open: median ratio {medians[0]:.1%}; {medians[1]:.1%} of the limit of any order, "
+        print(f"{label}: median ratio {medians[0]:.1%}; {medians[1]:.1%} of the limit of any order, "
               f"{medians[2]:.1%} of the limit of this order")  # fmt: skip
 
 
