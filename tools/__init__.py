@@ -29,6 +29,7 @@ from opd_env.tools.base import Tool, tool
 from opd_env.tools.errors import ToolError, ToolErrorKind
 from opd_env.tools.registry import get_tool, list_tools, register_tool
 from opd_env.tools.schema import Injected
+from opd_env.tools.shared import Shared
 from opd_env.tools.toolbox import Toolbox, ToolResult
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Injected",
+    "Shared",
     "Tool",
     "ToolError",
     "ToolErrorKind",

@@ -39,6 +39,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from opd_env.tools.schema import read_signature
+from opd_env.tools.shared import Shared
 from opd_env.tools.validation import check_arguments, make_validator
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class Tool:
     max_output_chars: int = 4000
     """What a student sees of an answer, the marker of a cut included."""
     state: Callable[[], Any] | None = None
-    """Makes the state of an episode; short for ``injected={"state": ...}``."""
+    """Makes the state of an episode, for this tool alone, or ``Shared`` for all that name the same; short for
+    ``injected={"state": ...}``."""
     injected: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     """Makes what a model does not see, by the parameter's name: once for each episode, at its first call of this
     tool. Its ``close()``, if it has one, is called when the episode ends; both may be ``async``. After a time-out all
@@ -161,6 +163,8 @@ class Tool:
                 for name, make in injected.items()
                 if not callable(make)
             ]
+            if self.isolation == Isolation.PROCESS and any(isinstance(make, Shared) for make in injected.values()):
+                problems.append("a Shared state is in this process; leave isolation='process' out, or share nothing")
             object.__setattr__(self, "injected", injected)
             object.__setattr__(self, "parameters", parameters)
         except (ValueError, TypeError, RecursionError) as error:
@@ -174,6 +178,11 @@ class Tool:
         parameters = copy.deepcopy(dict(self.parameters))
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
+
+    @property
+    def shared(self) -> list[Shared]:
+        """What it is given together with other tools."""
+        return [make for make in self.injected.values() if isinstance(make, Shared)]
 
     def check(self, arguments: object) -> dict[str, Any]:
         """Checks arguments against ``parameters``; returns a copy of them.

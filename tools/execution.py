@@ -15,20 +15,22 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from opd_env.tools.base import Isolation, Tool
 from opd_env.tools.output import Output, encode_error, encode_output
 from opd_env.tools.redaction import redact, secrets_of
+from opd_env.tools.shared import Shared
 from opd_env.tools.time_limit import TimeUp, run_with_limit
 
 if TYPE_CHECKING:
     import asyncio
 
 logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
 CLOSE_TIMEOUT_S = 2.0
 """Seconds that closing what an episode was given may take."""
 FIRST_RETRY_S = 0.1
@@ -60,10 +62,15 @@ def run_processes_by(make: Callable[[Tool], Runner] | None) -> None:
     _make_process_runner = make
 
 
-def make_runner(tool: Tool) -> Runner:
-    """The runner that the tool asks for."""
+def make_runner(tool: Tool, episode: Episode | None = None) -> Runner:
+    """The runner that the tool asks for.
+
+    Args:
+        tool: what it runs.
+        episode: what the tool and others of its toolbox share; None for a tool that shares nothing.
+    """
     if tool.isolation is Isolation.THREAD:
-        return ThreadRunner(tool)
+        return ThreadRunner(tool, episode)
     if _make_process_runner is not None:
         return _make_process_runner(tool)
     from opd_env.tools.process import ProcessRunner
@@ -106,21 +113,44 @@ def turn_of(tool: Tool) -> AbstractContextManager[Any]:
         return _turns.setdefault(tool, threading.Semaphore(tool.max_concurrent))
 
 
-class ToolCode:
-    """A tool's function together with what it was given for one episode. Ends nothing by itself but coroutines."""
+class Given:
+    """What tools were given for one episode, and the event loop that it belongs to."""
 
-    def __init__(self, tool: Tool) -> None:
-        self.tool = tool
-        self._secrets = secrets_of(tool)
-        self._given: dict[str, Any] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._loop_is_free = threading.RLock()
-        self._deadline = 0.0
+    def __init__(self) -> None:
+        self.values: dict[object, Any] = {}
+        """By the tool and the parameter's name; by the ``Shared`` object where it is shared."""
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop_is_free = threading.RLock()
 
     @property
     def is_open(self) -> bool:
         """Whether there may be something to close."""
-        return bool(self._given) or self._loop is not None
+        return bool(self.values) or self.loop is not None
+
+
+class Episode:
+    """The tools that were given something together: one tool, or all of a toolbox that share anything."""
+
+    def __init__(self, tools: Sequence[Tool]) -> None:
+        self.tools = tuple(tools)
+        self.given = Given()
+
+
+class ToolCode:
+    """A tool's function together with what it was given for one episode. Ends nothing by itself but coroutines.
+
+    Args:
+        tool: whose function it is.
+        episode: what is given is taken from there, and kept there.
+    """
+
+    def __init__(self, tool: Tool, episode: Episode | None = None) -> None:
+        episode = episode or Episode([tool])
+        self.tool = tool
+        self.given = episode.given
+        # What others made may hold their secrets.
+        self._secrets = sorted({one for each in episode.tools for one in secrets_of(each)}, key=len, reverse=True)
+        self._deadline = 0.0
 
     def call(self, arguments: Mapping[str, Any]) -> Output:
         """Runs one call, again if it may be; whatever the code raises becomes an error for the student."""
@@ -143,10 +173,19 @@ class ToolCode:
     def _value(self, arguments: Mapping[str, Any]) -> Any:
         keywords = self.tool.convert(arguments)
         for name, make in self.tool.injected.items():
-            if name not in self._given:
-                self._given[name] = self._awaited(make())
-            keywords[name] = self._given[name]
+            keywords[name] = self._made(make, make if isinstance(make, Shared) else (self.tool, name))
         return self._awaited(self.tool.function(**keywords))
+
+    def _made(self, make: Callable[[], Any], key: object) -> Any:
+        values = self.given.values
+        if key not in values:
+            values[key] = self._awaited(make())
+        return values[key]
+
+    def shared(self, state: Shared) -> Any:
+        """What ``state`` made for this episode."""
+        self._deadline = time.monotonic() + self.tool.timeout_s + _GRACE_S
+        return self._made(state, state)
 
     def _awaited(self, value: Any) -> Any:
         """Runs a coroutine in the episode's event loop, and cancels it shortly after its caller has given up on it."""
@@ -157,28 +196,30 @@ class ToolCode:
         async def wait() -> Any:
             return await asyncio.wait_for(value, self._deadline - time.monotonic())
 
-        with self._loop_is_free:
-            self._loop = self._loop or asyncio.new_event_loop()
-            return self._loop.run_until_complete(wait())
+        given = self.given
+        with given.loop_is_free:
+            given.loop = given.loop or asyncio.new_event_loop()
+            return given.loop.run_until_complete(wait())
 
     def close(self) -> None:
         """Closes what the episode was given, as far as it can be closed, and its event loop."""
         self._deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        given, self._given = self._given, {}
-        for value in reversed(given.values()):
+        given = self.given
+        values, given.values = given.values, {}
+        for value in reversed(values.values()):
             try:
                 if (close := getattr(value, "close", None)) is not None:
                     self._awaited(close())
             except BaseException:
                 self._log(logging.WARNING, "closing the state of tool %s failed")
         # A coroutine whose time was up is cancelled by now, unless it blocks its loop; then both are left behind.
-        if self._loop is not None and self._loop_is_free.acquire(timeout=_CANCEL_TIMEOUT_S):
+        if given.loop is not None and given.loop_is_free.acquire(timeout=_CANCEL_TIMEOUT_S):
             try:
-                self._loop.run_until_complete(_cancel_others())
+                given.loop.run_until_complete(_cancel_others())
             finally:
-                self._loop.close()
-                self._loop = None
-                self._loop_is_free.release()
+                given.loop.close()
+                given.loop = None
+                given.loop_is_free.release()
 
     def _log(self, level: int, message: str) -> None:
         if logger.isEnabledFor(level):
@@ -199,23 +240,42 @@ async def _cancel_others() -> None:
 class ThreadRunner:
     """Runs a tool in worker threads of this process."""
 
-    def __init__(self, tool: Tool) -> None:
+    def __init__(self, tool: Tool, episode: Episode | None = None) -> None:
         self._tool = tool
-        self._code = ToolCode(tool)
+        self._episode = episode or Episode([tool])
+        self._code = ToolCode(tool, self._episode)
 
     def call(self, arguments: Mapping[str, Any]) -> Output:
         """See ``Runner.call``."""
-        code = self._code
+        return self._limited(self._current(), lambda code: code.call(arguments))
+
+    def shared(self, state: Shared) -> Any:
+        """What ``state`` has made for this episode, or makes now.
+
+        Raises:
+            TimeoutError: it took longer than a call may.
+            Exception: whatever the making raises.
+        """
+        return self._limited(self._current(), lambda code: code.shared(state))
+
+    def _current(self) -> ToolCode:
+        """The code for the present episode, which another tool of it may have ended."""
+        if self._code.given is not self._episode.given:
+            self._code = ToolCode(self._tool, self._episode)
+        return self._code
+
+    def _limited(self, code: ToolCode, run: Callable[[ToolCode], Value]) -> Value:
         try:
-            return run_with_limit(lambda: code.call(arguments), self._tool.timeout_s)
+            return run_with_limit(lambda: run(code), self._tool.timeout_s)
         except TimeoutError:
             self.end_episode()
             raise
 
     def end_episode(self) -> None:
         """See ``Runner.end_episode``. A ``close()`` that hangs is ended like a call."""
-        code, self._code = self._code, ToolCode(self._tool)  # a call that was left behind keeps the old one
-        if not code.is_open:
+        code = self._current()
+        self._episode.given = Given()  # a call that was left behind keeps the old one
+        if not code.given.is_open:
             return
         try:
             run_with_limit(code.close, CLOSE_TIMEOUT_S)

@@ -20,9 +20,10 @@ from typing import Any
 
 from opd_env.tools.base import Tool
 from opd_env.tools.errors import ToolError, ToolErrorKind, did_you_mean
-from opd_env.tools.execution import Runner, make_runner, prepare, turn_of
+from opd_env.tools.execution import Episode, Runner, ThreadRunner, make_runner, prepare, turn_of
 from opd_env.tools.output import Output, encode_error
 from opd_env.tools.registry import get_tool
+from opd_env.tools.shared import Shared
 
 MAX_NAMES = 20
 """Tools named in the error about an unknown one."""
@@ -76,6 +77,7 @@ class Toolbox:
             self._tools[tool.name] = tool
             prepare(tool)
         self._runners: dict[str, Runner] = {}
+        self._sharing = Episode([tool for tool in self if tool.shared])
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -109,16 +111,38 @@ class Toolbox:
             message = f"no tool named {str(name)[:100]!r}{did_you_mean(str(name), self._tools)}; {known}"
             raise ToolError(ToolErrorKind.UNKNOWN_TOOL, message)
         checked = tool.check(arguments)
-        runner = self._runners.get(tool.name)
-        if runner is None:
-            runner = self._runners[tool.name] = make_runner(tool)
+        runner = self._runner(tool)
         try:
             with turn_of(tool):
                 return runner.call(checked)
         except TimeoutError:
             lost = "; its state is lost" if tool.injected else ""
+            if others := [one.name for one in self._sharing.tools if tool.shared and one is not tool]:
+                lost += f", and with it that of {', '.join(others)}"
             message = f"the tool did not answer within {tool.timeout_s:g} s and was ended{lost}"
             raise ToolError(ToolErrorKind.TIMEOUT, message) from None
+
+    def _runner(self, tool: Tool) -> Runner:
+        runner = self._runners.get(tool.name)
+        if runner is None:
+            runner = self._runners[tool.name] = make_runner(tool, self._sharing if tool.shared else None)
+        return runner
+
+    def shared(self, state: Shared) -> Any:
+        """What tools share in the present episode, for a grader that plays the calls of an episode again.
+
+        Args:
+            state: what the tools name; made now when no call has made it.
+
+        Raises:
+            ValueError: no tool here names it.
+            Exception: it is made now, and that fails.
+        """
+        tool = next((one for one in self if state in one.shared), None)
+        if tool is None:
+            raise ValueError(f"{state!r} is named by none of the tools {', '.join(self._tools) or '(there are none)'}")
+        self._runner(tool)  # closes it when the episode ends
+        return ThreadRunner(tool, self._sharing).shared(state)
 
     def sandbox_levels(self) -> dict[str, str]:
         """Opens the sandboxes that code of the student will run in; their levels by the tool's name.
