@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from opd_env import chat_server, http_transport
 from opd_env.chat_server import ChatServer, ContextFull, NativeCall, Reply, ServerFault, ServerRefused
 from opd_env.engine import GREEDY, SamplingParams
+from opd_env.http_transport import Fault
 from opd_env.messages import user
 from tests.core.chat_api import Answer, chat_api, says
 
@@ -88,15 +89,20 @@ def test_a_count_of_tokens_that_is_none_counts_as_none(tokens: str, counted: int
         assert ask(api.url).total_tokens == counted
 
 
-@pytest.mark.parametrize("depth", [100, 500, 900, 950, 990, 5000])
-def test_arguments_however_deep_are_a_call_or_a_fault(depth: int) -> None:
-    call = b'{"function": {"name": "f", "arguments": {"x": %s}}}' % (b"[" * depth + b"]" * depth)
-    with chat_api(lambda body, number: Answer(b'{"choices": [{"message": {"tool_calls": [%s]}}]}' % call)) as api:
-        if depth == 100:
-            assert ask(api.url, tries=1).calls[0].arguments.count("[") == depth
-        else:  # Python's own limit
-            with suppress(ServerFault):
-                assert ask(api.url, tries=1).calls[0].arguments.count("[") == depth
+def test_arguments_too_deep_to_be_read_or_written_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(depth: int) -> bytes:
+        call = b'{"function": {"name": "f", "arguments": {"x": %s}}}' % (b"[" * depth + b"]" * depth)
+        return b'{"choices": [{"message": {"tool_calls": [%s]}}]}' % call
+
+    depth = 100
+    with chat_api(lambda body, number: Answer(answers(depth))) as api:
+        assert ask(api.url).calls[0].arguments.count("[") == depth
+        depth = 100_000
+        with pytest.raises(ServerFault, match="not JSON"):
+            ask(api.url)
+    monkeypatch.setattr(chat_server.json, "dumps", lambda value: (_ for _ in ()).throw(RecursionError()))
+    with pytest.raises(Fault, match="no chat completion"):
+        chat_server._read_reply(json.loads(answers(1)))
 
 
 def test_a_fault_that_stays_ends_after_the_tries_and_tells_the_last() -> None:
