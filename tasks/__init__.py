@@ -6,7 +6,7 @@ Worked example::
 
     list_tasks()                                  # ['arithmetic', 'country_search', 'gsm8k', …]
     task = load_task("country_search", split="test", levels=[2])
-    task[0].messages[-1]["content"]               # 'How many more people live in Elimand than in …?'
+    task[0].messages[-1]["content"]               # 'By how many square kilometres is the land area of …?'
     grade_number("So the answer is 1,234.", "1234").correct   # True
 
 Importing this package is cheap: no task's module, no data set and no model library is loaded before

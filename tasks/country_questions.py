@@ -4,9 +4,9 @@ Worked example::
 
     kinds = all_questions(fictional_world(0, "test"), "test", random.Random(0))
     next(kinds["difference"])
-    # Question(kind='difference', text='How many more people live in Osisand than in Barelia?',
-    #          searches=(Search('population and land area of Osisand', 'Osisand/statistics'), …),
-    #          expression='7302144-60981', answer='7241163')
+    # Question(kind='difference', text='How many more people live in Velimand than in Osenara?',
+    #          searches=(Search('population and land area of Velimand', 'Velimand/statistics'), …),
+    #          expression='63599305-366981', answer='63232324')
 
 Test it alone: ``pytest tests/tasks/test_country_questions.py``
 """

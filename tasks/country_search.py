@@ -2,14 +2,14 @@
 
 One problem, and the expert's conversation about it::
 
-    user       How many more people live in Barelia than in Osisand?
-    assistant  search(query="population and land area of Barelia")
-    tool       … Barelia has a population of 7302144 and a land area of 83520 square kilometres. …
-    assistant  search(query="population and land area of Osisand")
-    tool       … Osisand has a population of 60981 and a land area of 2411 square kilometres. …
-    assistant  calculator(expression="7302144-60981")
-    tool       7241163
-    assistant  The answer is 7241163.
+    user       By how many square kilometres is the land area of Alirand larger than that of Moreruna?
+    assistant  search(query="population and land area of Alirand")
+    tool       … Alirand has a population of 3464586 and a land area of 990663 square kilometres. …
+    assistant  search(query="population and land area of Moreruna")
+    tool       … Moreruna has a population of 273329172 and a land area of 564129 square kilometres. …
+    assistant  calculator(expression="990663-564129")
+    tool       426534
+    assistant  The answer is 426534.
 
 The world is closed: the task brings its own passages and a search tool over just these. Levels:
 

@@ -3,8 +3,8 @@
 Worked example::
 
     countries = fictional_world(seed=0, split="test")
-    countries[0]             # Country(name='Osisand', region='the Northern Plain', population=…)
-    passages(countries)[1]   # {'id': 'Osisand/statistics', 'title': 'Statistics of Osisand', 'text': '…'}
+    countries[0]             # Country(name='Moradand', region='the Northern Plain', population=…)
+    passages(countries)[1]   # {'id': 'Moradand/statistics', 'title': 'Statistics of Moradand', 'text': '…'}
 
 A made-up world needs nothing and cannot be known by heart: only the search tool has the answers. The real one
 needs ``countryinfo`` (MIT); its figures are that package's and some years old.

@@ -1,4 +1,4 @@
-"""The ``python`` tool: runs a program in the sandbox, and answers what it printed.
+r"""The ``python`` tool: runs a program in the sandbox, and answers what it printed.
 
 Worked example::
 

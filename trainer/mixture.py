@@ -2,8 +2,9 @@
 
 Worked example::
 
-    teacher = Mixture([mathematician, searcher], [0.7, 0.3])           # of log-probs: any teachers
-    teacher = LocalMixture([mathematician, searcher], [0.7, 0.3])      # of whole distributions: models of this process
+    teacher = Mixture([mathematician, searcher], [0.7, 0.3])    # of log-probs: any teachers
+    # of whole distributions: models of this process
+    teacher = LocalMixture([mathematician, searcher], [0.7, 0.3], device=device, vocab_size=chat.vocab_size)
 
 With weights w that add up to 1, ``q = Σ_i w_i q_i`` is again a distribution at every prefix, fixed while the student
 learns; so every divergence, estimator and proof that holds for one teacher holds for the mixture. (A mean of log-probs,

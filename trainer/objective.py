@@ -3,7 +3,7 @@
 ``sampled`` weighs every sampled token by its advantage; ``full`` and ``topk`` sum over what could have been sampled at
 every prefix. A task reward can be added, or stand alone. What the metrics need is noted per token::
 
-    objective = OPDObjective(config, teacher)
+    objective = OPDObjective(config, teacher, chat.vocab_size)
     objective.begin(trajectories)            # the teacher reads them
     updater.update(objective.rows, objective)
     objective.end()

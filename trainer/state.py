@@ -7,7 +7,7 @@ in ``trajectories/``, and the lines of ``metrics.jsonl`` after the checkpoint ar
 
 Everything is plain tensors (safetensors) and JSON; nothing is pickled, so a checkpoint can be read safely::
 
-    checkpoints.save(step, state_files(updater, Progress(step=25, updates=25)))
+    checkpoints.save(step, state_files(updater, Progress(config.config_hash, step, updates, seconds)))
     progress = restore(updater, checkpoints.newest())
 
 Test it alone: ``pytest tests/trainer/test_checkpoint.py``

@@ -6,8 +6,10 @@ import ast
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,43 @@ def test_every_import_of_an_example_works() -> None:
             exec(line, {})
         except ImportError as error:
             raise AssertionError(f"{where}: {line}") from error
+
+
+def modules_of_the_package() -> Iterator[Any]:
+    for path in map(Path, CODE):
+        name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        ours = path.parts[0] in ("opd_env", "tools", "tasks", "trainer")
+        if ours and path.stem != "__main__" and "guest" not in path.parts:
+            with contextlib.suppress(ImportError):  # of an extra that is not installed
+                yield importlib.import_module(name if path.parts[0] == "opd_env" else f"opd_env.{name}")
+
+
+def fits(call: ast.Call, function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*call.args, **{word.arg: 0 for word in call.keywords if word.arg})
+    except TypeError:
+        return False
+    return True
+
+
+def test_every_call_of_an_example_in_a_module_fits_its_signature() -> None:
+    modules = list(modules_of_the_package())
+    homes: dict[str, list[Any]] = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            if inspect.isroutine(value) or (inspect.isclass(value) and not issubclass(value, BaseException)):
+                homes.setdefault(name, []).append(value)
+    seen, wrong = 0, []
+    for module in modules:
+        for block in re.findall(r"::\n\n((?: {4}.*\n|\n)+)", f"{inspect.getdoc(module)}\n"):
+            with contextlib.suppress(SyntaxError):  # a conversation, or YAML
+                for node in ast.walk(ast.parse(textwrap.dedent(block))):
+                    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in homes:
+                        seen += 1
+                        if not any(fits(node, function) for function in homes[node.func.id]):
+                            wrong.append(f"{module.__name__}: {ast.unparse(node)}")
+    assert seen > 150
+    assert not wrong
 
 
 @pytest.fixture
