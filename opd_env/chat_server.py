@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from opd_env.engine import SamplingParams
 from opd_env.errors import UserError
-from opd_env.http_transport import Fault, Refusal, Transport, checked_url, pause_before
+from opd_env.http_transport import Fault, Refusal, Transport, pause_before
+from opd_env.server_urls import checked_url
 
 LONGEST_ANSWER = 8_000_000
 """Bytes; a longer answer is a fault."""

@@ -33,10 +33,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from opd_env.errors import UserError
-from opd_env.http_transport import Fault, Refusal, Transport, checked_url, pause_before
+from opd_env.http_transport import Fault, Refusal, Transport, pause_before
+from opd_env.server_urls import pool_url
 
 Answer = TypeVar("Answer")
 _HEALTH_TIMEOUT = 10.0
@@ -104,7 +104,7 @@ class HttpClient:
     _closed: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.urls = tuple(_pool_url(url) for url in self.urls)
+        self.urls = tuple(pool_url(url) for url in self.urls)
         if not self.urls:
             raise ValueError("no server: give at least one URL such as http://127.0.0.1:8000")
         if len(set(self.urls)) < len(self.urls):
@@ -285,11 +285,6 @@ class HttpClient:
             raise RequestRefused(f"{url}{path} refuses the request with {refusal}{hint}") from refusal
 
 
-def is_url(name: str) -> bool:
-    """Whether a setting names servers rather than a model or an engine."""
-    return name.startswith(("http://", "https://"))
-
-
 def client_of(urls: str, concurrency: int) -> HttpClient:
     """A client of the servers that a setting names, as ``a,b``; their key is read from ``$VLLM_API_KEY``.
 
@@ -298,13 +293,6 @@ def client_of(urls: str, concurrency: int) -> HttpClient:
     """
     named = [url.strip() for url in urls.split(",")]
     return HttpClient(named, concurrency=concurrency, api_key=os.environ.get("VLLM_API_KEY"))
-
-
-def _pool_url(url: str) -> str:
-    url = checked_url(url).removesuffix("/v1")
-    if urlsplit(url).path:
-        raise ValueError(f"{url!r} is no URL of a vLLM server; it looks like http://HOST:8000")
-    return url
 
 
 def _spread(key: int) -> int:

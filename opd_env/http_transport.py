@@ -21,6 +21,7 @@ import io
 import json
 import math
 import random
+import re
 import socket
 import threading
 import time
@@ -30,6 +31,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from opd_env.errors import UserError
+
 LONGEST_PAUSE = 60.0
 """Seconds between two tries, whatever the server asks for."""
 _LONGEST_OWN_PAUSE = 30.0
@@ -38,6 +41,9 @@ _LONGEST_ERROR = 10_000
 _BUSY = 429
 _AWAY = (_BUSY, 503)
 _MAY_PASS = (408, 409, 425, *_AWAY)
+
+
+_KEY = re.compile("[!-~]*")
 
 
 class Fault(Exception):
@@ -65,7 +71,11 @@ class Refusal(Exception):
 
 @dataclass
 class Transport:
-    """Sends requests and reads answers, each on a connection of its own. Threads share it."""
+    """Sends requests and reads answers, each on a connection of its own. Threads share it.
+
+    Raises:
+        UserError: a key that no header can hold.
+    """
 
     api_key: str | None = field(default=None, repr=False)
     longest_answer: int = 256_000_000
@@ -73,6 +83,13 @@ class Transport:
     _sockets: set[socket.socket] = field(default_factory=set, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            raise UserError(
+                f"the API key, of {len(self.api_key)} characters, holds a space, a line end or a letter beyond ASCII; "
+                "set VLLM_API_KEY (servers of token ids) or OPENAI_API_KEY (chat servers) to the key alone"
+            )
 
     def ask(self, url: str, body: Mapping[str, Any] | None = None, *, timeout_s: float) -> Any:
         """One exchange: a POST of the body, or a GET without one.
@@ -228,23 +245,6 @@ class _Deadline(io.RawIOBase):
         """Gives the socket free."""
         self._raw.close()
         super().close()
-
-
-def checked_url(url: str) -> str:
-    """The address of a server without a slash at its end.
-
-    Raises:
-        ValueError: it is none.
-    """
-    url = url.strip().rstrip("/")
-    try:
-        parts = urlsplit(url)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
-    except ValueError:  # the port or the brackets of IPv6
-        fits = False
-    if not fits or any(not "!" <= character <= "~" for character in url):
-        raise ValueError(f"{url!r} is no URL of a server; it looks like http://HOST:8000")
-    return url
 
 
 def pause_before(tries: int, first_pause_s: float, asked_s: float | None = None) -> float:

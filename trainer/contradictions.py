@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from opd_env.configuration import ConfigError
 from opd_env.formats import format_named
-from opd_env.http_client import is_url
+from opd_env.server_urls import is_url
 from opd_env.trainer.modes import Baseline, Estimator, Mode, RatioPolicy
 from opd_env.trainer.weights import Scheme
 

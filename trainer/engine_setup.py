@@ -16,11 +16,12 @@ from typing import Any
 
 from opd_env.engine import Engine
 from opd_env.formats import ChatFormat
-from opd_env.http_client import client_of, is_url
+from opd_env.http_client import client_of
 from opd_env.http_engine import HttpEngine, ServedWeights
 from opd_env.local_engine import LocalEngine
 from opd_env.models import LoadedModel
 from opd_env.server_probe import probe_servers, probe_vllm
+from opd_env.server_urls import is_url
 from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.processes import on_each, on_main
 from opd_env.vllm_engine import VLLMEngine

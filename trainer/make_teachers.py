@@ -19,11 +19,12 @@ import torch
 
 from opd_env.configuration import ConfigError
 from opd_env.formats import ChatFormat, TemplateFormat
-from opd_env.http_client import RequestRefused, client_of, is_url
+from opd_env.http_client import RequestRefused, client_of
 from opd_env.messages import user
 from opd_env.models import LoadedModel, load_model, load_outline, weights_hash
 from opd_env.server_probe import probe_servers, probe_vllm, same_scores
 from opd_env.server_scores import score_tokens
+from opd_env.server_urls import is_url
 from opd_env.tasks import Task
 from opd_env.tools import list_tools
 from opd_env.tools.errors import unknown

@@ -261,11 +261,12 @@ def _rollout(settings: RolloutSettings) -> int:
 
 def _open(settings: PlaySettings) -> tuple[Engine, ChatFormat, LoadedModel]:
     from opd_env.formats import get_format
-    from opd_env.http_client import client_of, is_url
+    from opd_env.http_client import client_of
     from opd_env.http_engine import HttpEngine
     from opd_env.local_engine import LocalEngine
     from opd_env.models import load_model
     from opd_env.server_probe import probe_servers, probe_vllm
+    from opd_env.server_urls import is_url
     from opd_env.vllm_engine import VLLMEngine
 
     if settings.dtype not in ("float32", "bfloat16", "float16"):

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_env.http_transport import LONGEST_PAUSE, Fault, Refusal, Transport, checked_url, pause_before
+from opd_env.errors import UserError
+from opd_env.http_transport import LONGEST_PAUSE, Fault, Refusal, Transport, pause_before
+from opd_env.server_urls import checked_url
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -267,9 +269,20 @@ def test_an_https_server_is_reached_through_the_proxy_of_the_environment(monkeyp
         assert len(requests) == 1
 
 
+@pytest.mark.parametrize("key", ["k\n", "k 1", "schlüssel", "“k”"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(UserError, match="set VLLM_API_KEY") as caught:
+        Transport(key)
+    assert key not in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "ftp://h", "http://", "http://h:x", "http://h:70000", "http://h/v1?k=1", "http://h h"]
-)
+    "url",
+    [
+        "", "localhost:8000", "ftp://h", "http://", "http://h:x", "http://h:70000", "http://h h",
+        "http://h/v1?k=1", "http://h:1#v1", "http://me:pw@h:1",
+    ],
+)  # fmt: skip
 def test_addresses_that_are_none_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="no URL of a server"):
         checked_url(url)
