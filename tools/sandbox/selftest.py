@@ -141,7 +141,8 @@ refused('limits', lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 
 """,
 }
 
-_SHORT = Limits(wall_s=0.5, output_bytes=1000)
+_SHORT = Limits(wall_s=0.5)
+_LITTLE = Limits(output_bytes=1000)
 
 
 def self_test(sandbox: Sandbox, user: int) -> list[str]:
@@ -171,7 +172,7 @@ def self_test(sandbox: Sandbox, user: int) -> list[str]:
             check(name, result.status is Status.OK and result.output == "held\n", result)
         result = sandbox.run("while True: pass", limits=_SHORT)
         check("time limit", result.status is Status.TIMEOUT, result)
-        result = sandbox.run("while True: print('x' * 100)", limits=_SHORT)
+        result = sandbox.run("while True: print('x' * 100)", limits=_LITTLE)
         check("output limit", result.status is Status.OUTPUT_LIMIT and len(result.output) <= 1000, result)
         result = sandbox.run("print(6 * 7)")
         check("a plain program", result.status is Status.OK and result.output == "42\n", result)

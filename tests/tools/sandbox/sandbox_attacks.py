@@ -631,9 +631,10 @@ for number in (0x40000000 + 39, 0x40000000 + 57, 0x40000000 + 1):
         "leaves a key in a keyring",
         "for ring in (-3, -4, -5, -1, -2): attempt('key', lambda: kernel((248, 217), b'user', b'left', b'x', 1, ring))",
         then="""
-import ctypes
+import ctypes, os
 libc = ctypes.CDLL(None)
-found = [libc.syscall(250, 10, ring, b'user', b'left', 0) for ring in (-3, -4, -5, -1, -2)]
+keyctl = {'x86_64': 250, 'aarch64': 219}[os.uname().machine]
+found = [libc.syscall(keyctl, 10, ring, b'user', b'left', 0) for ring in (-3, -4, -5, -1, -2)]
 print('ESCAPED' if max(found) > 0 else 'nothing')
 """,
     ),

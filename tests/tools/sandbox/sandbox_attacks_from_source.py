@@ -643,13 +643,13 @@ for name, numbers, *arguments in (
     Attack(
         "tries every number that it can think of",
         """
-if COLUMN == 0:
-    for number in (*range(335, 424), *range(500, 600), *range(1024, 1200), 4096, 65535, 0x3fffffff):
-        libc.syscall.restype = ctypes.c_long
-        ctypes.set_errno(0)
-        answer = libc.syscall(number, 0, 0, 0, 0, 0, 0)
-        if answer >= 0 or ctypes.get_errno() not in (1, 38):
-            print('ESCAPED', number, answer, ctypes.get_errno())
+unassigned = (range(335, 424), (*range(244, 260), *range(295, 424)))[COLUMN]
+for number in (*unassigned, *range(500, 600), *range(1024, 1200), 4096, 65535, 0x3fffffff):
+    libc.syscall.restype = ctypes.c_long
+    ctypes.set_errno(0)
+    answer = libc.syscall(number, 0, 0, 0, 0, 0, 0)
+    if answer >= 0 or ctypes.get_errno() not in (1, 38):
+        print('ESCAPED', number, answer, ctypes.get_errno())
 print('done')
 """,
     ),
@@ -666,10 +666,13 @@ print('survived')
         "calls the kernel from its own machine code",
         """
 import mmap
-page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-# x86_64: mov eax, 57; syscall; ret (fork), beyond every hook of Python and libc. Elsewhere: an illegal instruction.
-page.write(b'\\xb8\\x39\\x00\\x00\\x00\\x0f\\x05\\xc3')
-answer = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+# A fork, beyond every hook of Python and libc. x86_64: mov eax, 57; syscall; ret. aarch64: mov x8, 220; svc 0; ret
+code = ('b8390000000f05c3', '881b80d2010000d4c0035fd6')[COLUMN]
+page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+page.write(bytes.fromhex(code))
+address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+libc.mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC)
+answer = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 5)(address)(signal.SIGCHLD, 0, 0, 0, 0)
 if answer == 0:
     os._exit(0)
 print('ESCAPED' if answer > 0 else 'refused')
@@ -696,13 +699,14 @@ print('ESCAPED' if answer >= 0 else 'refused')
         "hides a number in the upper half",
         """
 libc.syscall.restype = ctypes.c_long
-for number in (57, 59, 41):      # the kernel takes the lower 32 bits, and so does the filter
+# fork, exec, socket: the kernel takes the lower 32 bits, and so does the filter
+for numbers, *arguments in (((57, 220), signal.SIGCHLD, 0, 0), ((59, 221), 0, 0, 0), ((41, 198), 1, 1, 0)):
     def call():
-        answer = libc.syscall(ctypes.c_long(number | 1 << 32), 1, 1, 0)
-        if answer == 0 and number == 57:
+        answer = libc.syscall(ctypes.c_long(numbers[COLUMN] | 1 << 32), *arguments, 0, 0)
+        if answer == 0 and numbers[0] == 57:
             os._exit(0)
         return answer
-    attempt(f'number {number}', call)
+    attempt(f'number {numbers}', call)
 """,
         ends=FAILED | ENDED,
     ),
