@@ -43,8 +43,8 @@ from opd_env.tasks import Task, load_task
 from opd_env.trajectory import Trajectory
 
 AGENT_NAME = "opd_env"
-_TOOL_THREADS = 64
-"""Episodes of one worker whose tools run at the same time; the others wait their turn."""
+_THREADS = ThreadPoolExecutor(64, thread_name_prefix="opd-env-tool")
+"""So many episodes of one worker run tools at the same time; the others wait their turn."""
 
 Result = TypeVar("Result")
 
@@ -109,7 +109,7 @@ class EpisodeLoop(AgentLoopBase):  # type: ignore[misc]  # verl has no types
         except BaseException:
             env.close()
             raise
-        shelf.put(env)
+        shelf.idle.append(env)
         if play.trajectory is None:
             raise RuntimeError(f"{_named(extra_info)} ended without a trajectory")
         # An advantage estimator of the kit reads log u as the rewards, to which verl would add the score.
@@ -178,6 +178,7 @@ class _Server:
         prompt, row = trajectory.turns[0].start, trajectory.rows[0]
         response = slice(prompt, row.stop)
         told = all(output.log_probs is not None for output in self.outputs)
+        preempted = [output.num_preempted for output in self.outputs]
         return AgentLoopOutput(
             prompt_ids=trajectory.token_ids[:prompt].tolist(),
             response_ids=trajectory.token_ids[response].tolist(),
@@ -188,7 +189,7 @@ class _Server:
             metrics=AgentLoopMetrics(
                 generate_sequences=sum(turn.generate_seconds for turn in trajectory.turns),
                 tool_calls=sum(turn.tool_seconds for turn in trajectory.turns),
-                num_preempted=_total([output.num_preempted for output in self.outputs]),
+                num_preempted=-1 if None in preempted else sum(preempted),
             ),
             extra_fields={
                 **self.outputs[-1].extra_fields,
@@ -231,11 +232,6 @@ def _told(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def _total(counts: list[int | None]) -> int:
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else -1
-
-
 def _take(play: EpisodePlay, completion: Completion) -> Request | None:
     play.take(completion)
     return play.ask()
@@ -245,14 +241,9 @@ def _named(row: Mapping[str, Any]) -> str:
     return f"{row['task']}/{row['split']} number {row['index']}"
 
 
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_TOOL_THREADS, thread_name_prefix="opd-env-tool")
-
-
 async def _in_thread(work: Callable[[], Result]) -> Result:
     """Rendering, parsing, tools and grading take time; verl's event loop also serves all other episodes."""
-    return await asyncio.get_running_loop().run_in_executor(_threads(), work)
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
 
 
 @cache
@@ -271,9 +262,6 @@ class _Shelf:
 
     def take(self) -> ToolEnv:
         return self.idle.pop() if self.idle else ToolEnv(self.task, limits=self.limits, parse=self.chat.parse_text)
-
-    def put(self, env: ToolEnv) -> None:
-        self.idle.append(env)
 
 
 @cache
