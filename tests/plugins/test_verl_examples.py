@@ -73,7 +73,7 @@ def test_a_split_to_measure_with_is_written_to_validate_on_only(tmp_path: Path) 
 
 
 def test_a_wrong_option_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="did you mean .*split"):
+    with pytest.raises(ConfigError, match=r"did you mean .*split"):
         written(tmp_path, "--splt", "test")
 
 

@@ -16,8 +16,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopManager
 
 from opd_env.plugins.verl.examples import example_rows
 from tests.plugins import verl_worker
-from tests.plugins.test_verl_agent_loop import assert_same, expected
-from tests.plugins.verl_worker import Server, batch_of, verl_config
+from tests.plugins.verl_worker import Server, assert_same, batch_of, expected, verl_config
 
 ROOT = str(Path(__file__).parents[2])
 

@@ -16,8 +16,7 @@ from verl.utils import tensordict_utils
 from verl.utils.dataset.rl_dataset import collate_fn
 
 from opd_env.plugins.verl.examples import example_rows
-from tests.plugins.test_verl_agent_loop import expected
-from tests.plugins.verl_worker import TASK, Server, verl_config
+from tests.plugins.verl_worker import TASK, Server, expected, verl_config
 
 ROWS = [dict(row) for row in example_rows(TASK)[:4]]
 ROWS[2]["extra_info"] = {**ROWS[2]["extra_info"], "version": "another"}

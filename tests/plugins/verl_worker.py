@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl import trainer
@@ -18,13 +19,19 @@ from verl.workers.rollout.replica import TokenOutput
 
 from opd_env.engine import Completion, Engine, Request
 from opd_env.formats import get_format
+from opd_env.limits import RolloutLimits
 from opd_env.messages import Message, assistant, user
-from opd_env.tasks import Example, Grade, Task, grade_number, register_task
+from opd_env.plugins.verl.examples import example_rows
+from opd_env.rollouts import rollout
+from opd_env.tasks import Example, Grade, Task, grade_number, load_task, register_task
 from opd_env.tools import Tool, ToolError, ToolErrorKind, tool
+from opd_env.trajectory import Trajectory
 from tests.core.tiny import tiny_llama, tiny_tokenizer
 
 CHAT = get_format(tiny_tokenizer())
 TASK = "doubles_of_verl"
+PROMPT, RESPONSE = 200, 1500
+"""Tokens that verl is told to leave to a prompt and to a response."""
 
 
 @tool
@@ -133,8 +140,8 @@ def verl_config(folder: Path, *options: str, tokenizer: Any = None) -> Any:
         f"actor_rollout_ref.model.path={folder}",
         "actor_rollout_ref.rollout.name=vllm",
         "actor_rollout_ref.rollout.calculate_log_probs=true",
-        "data.max_prompt_length=200",
-        "data.max_response_length=1500",
+        f"data.max_prompt_length={PROMPT}",
+        f"data.max_response_length={RESPONSE}",
         *options,
     ]
     with initialize_config_dir(str(Path(trainer.__file__).parent / "config"), version_base=None):
@@ -160,3 +167,53 @@ def play(config: Any, server: Any, rows: Sequence[Mapping[str, Any]], **options:
         return await worker.generate_sequences(batch_of(rows, **options))
 
     return asyncio.run(run())
+
+
+ROWS = example_rows(TASK)
+
+
+def expected(index: int, response: int = RESPONSE, task: str = TASK, **limits: int) -> Trajectory:
+    """The kit's own rollout of an example, with the limits that verl's configuration means for it."""
+    prompt = rollout(load_task(task), PolicyEngine(), CHAT, indices=[index]).trajectories[0].turns[0].start
+    budget = RolloutLimits(**{"max_tokens": prompt + response, "max_turn_tokens": response} | limits)
+    return rollout(load_task(task), PolicyEngine(), CHAT, indices=[index], limits=budget).trajectories[0]
+
+
+def response_of(batch: Any, row: int) -> slice:
+    return slice(0, int(batch.batch["attention_mask"][row, batch.batch["prompts"].shape[1] :].sum()))
+
+
+def assert_same(batch: Any, row: int, trajectory: Trajectory) -> None:
+    """A row of verl's batch is the trajectory: tokens, mask, log-probs, score; and padding is nowhere marked."""
+    start, part = trajectory.turns[0].start, response_of(batch, row)
+    prompt = batch.batch["prompts"][row]
+    assert prompt[len(prompt) - start :].tolist() == trajectory.token_ids[:start].tolist()
+    assert batch.batch["attention_mask"][row, : len(prompt)].sum() == start
+    assert batch.batch["responses"][row, part].tolist() == trajectory.token_ids[start:].tolist()
+    mask = batch.batch["response_mask"][row]
+    assert mask[part].tolist() == trajectory.sampled[start:].tolist()
+    assert mask[part.stop :].sum() == 0
+    logprobs = batch.batch["rollout_log_probs"][row]
+    assert logprobs[part].tolist() == trajectory.logprobs[start:].tolist()
+    assert ((logprobs != 0) == mask.bool()).all(), "the policy's log-probs are never 0"
+    scores = batch.batch["rm_scores"][row]
+    assert scores[part.stop - 1] == scores.sum() == trajectory.correct
+    assert batch.non_tensor_batch["stop_reason"][row] == trajectory.stop_reason
+
+
+def distilling(config: Any, loss_mode: str) -> Any:
+    config = config.copy()
+    config.distillation.enabled = True
+    config.distillation.distillation_loss.update({"loss_mode": loss_mode, "use_policy_gradient": True})
+    config.distillation.teacher_models.teacher_model.update({"key": "default", "model_path": "teacher"})
+    return config
+
+
+def failing(config: Any, row: dict[str, Any] = ROWS[0], server: Server | None = None, **options: Any) -> BaseException:
+    """What verl's worker raises; its trainer logs it and leaves the prompt out."""
+    with pytest.raises(Exception) as caught:
+        play(config, server or Server(), [row], **options)
+    cause = caught.value
+    while cause.__cause__ is not None:  # hydra wraps what an agent loop's constructor raises
+        cause = cause.__cause__
+    return cause
