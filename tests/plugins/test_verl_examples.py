@@ -24,13 +24,16 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from opd_env.configuration import ConfigError, build
+from opd_env.env import ToolEnv
+from opd_env.episode_play import EpisodePlay
+from opd_env.formats import get_format
 from opd_env.limits import RolloutLimits
 from opd_env.models import load_tokenizer
 from opd_env.plugins.verl import EpisodeLoop
-from opd_env.plugins.verl.examples import longest_prompt, main
+from opd_env.plugins.verl.examples import main
 from opd_env.rollouts import rollout
 from opd_env.tasks import load_task
-from tests.plugins.verl_worker import CHAT, PolicyEngine, Server, play, verl_config
+from tests.plugins.verl_worker import CHAT, TASK, PolicyEngine, Server, play, verl_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,22 +50,25 @@ def read(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RLHFDat
     return RLHFDataset(str(file), load_tokenizer("packaged:student"), config)
 
 
-def test_verls_data_set_reads_it_and_its_worker_plays_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = "--task_options={levels: [1], seed: 3}"
-    data = read(written(tmp_path, options, "--model", "packaged:student"), tmp_path, monkeypatch)
-    task = load_task("arithmetic", levels=[1], seed=3)
+def test_verls_data_set_reads_it_and_its_worker_plays_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--split", "test", "--validation", "true", "--task_options={levels: [1], seed: 3}"]
+    data = read(written(tmp_path, *options), tmp_path, monkeypatch)
+    task = load_task("arithmetic", "test", levels=[1], seed=3)
     assert [item["extra_info"]["id"] for item in data] == [example.id for example in task]
     assert [item["raw_prompt"] for item in data] == [list(example.messages) for example in task]
-    told = capsys.readouterr().out
-    assert f"the longest prompt has {longest_prompt(task, 'packaged:student')} tokens" in told
-
     batch = play(verl_config(tmp_path / "model"), Server(), [data[row] for row in range(5)])
     expected = rollout(task, PolicyEngine(), CHAT, indices=range(5)).trajectories
     for row, trajectory in enumerate(expected):
         start = trajectory.turns[0].start
         assert batch.batch["prompts"][row, -start:].tolist() == trajectory.token_ids[:start].tolist()
+
+
+def test_the_longest_prompt_is_counted_with_its_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path, "--task", TASK, "--model", "packaged:student")
+    task, chat = load_task(TASK), get_format(load_tokenizer("packaged:student"))
+    lengths = [EpisodePlay(ToolEnv(task), chat, index).recorder.context_length for index in range(len(task))]
+    assert len({*lengths}) > 1
+    assert f"the longest prompt has {max(lengths)} tokens" in capsys.readouterr().out
 
 
 def test_a_split_to_measure_with_is_written_to_validate_on_only(tmp_path: Path) -> None:
@@ -93,6 +99,7 @@ def test_verl_takes_the_documented_run() -> None:
     build(RolloutLimits, {**loop.limits, "max_tokens": 3072})
 
 
+@pytest.mark.slow
 def test_verl_finds_the_plug_in_by_its_entry_point(tmp_path: Path) -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     information = tmp_path / "plugged-1.dist-info"

@@ -29,7 +29,7 @@ from opd_env.errors import UserError
 from opd_env.plugins.verl.agent_loop import AGENT_NAME
 from opd_env.tasks import Task, load_task
 from opd_env.tasks.base import require_trainable
-from opd_env.tools import Toolbox
+from opd_env.tools import Tool, Toolbox
 from opd_env.trajectory_files import explained, whole_or_nothing
 
 
@@ -82,11 +82,15 @@ def longest_prompt(task: Task, model: str, chat_format: str | None = None) -> in
 
     chat = get_format(load_tokenizer(model), chat_format)
 
-    def tokens(example: Any) -> int:
-        with Toolbox(task.tools_of(example)) as toolbox:
-            return len(chat.render_prompt(example.messages, toolbox.schemas))
-
-    return max(map(tokens, task))
+    schemas: dict[tuple[str | Tool, ...], list[dict[str, Any]]] = {}
+    longest = 0
+    for example in task:
+        tools = tuple(task.tools_of(example))
+        if tools not in schemas:
+            with Toolbox(tools) as toolbox:
+                schemas[tools] = toolbox.schemas
+        longest = max(longest, len(chat.render_prompt(example.messages, schemas[tools])))
+    return longest
 
 
 def main(arguments: Sequence[str]) -> int:
