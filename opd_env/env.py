@@ -84,7 +84,7 @@ class ToolEnv(gymnasium.Env[str, str]):
         render_mode: ``"ansi"`` makes ``render`` return the conversation so far.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"]}
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
 
     def __init__(
         self,

@@ -100,6 +100,7 @@ class Arithmetic(Task):
     """
 
     version = "1"
+    licence = "Apache-2.0"
     tools = ("calculator",)
     splits = tuple(SIZES)
 

@@ -76,7 +76,8 @@ class Task(ABC, Sequence[Example]):
     tools: Sequence[str | Tool] = ()
     """What the student may call unless the user says otherwise: registered names, or the task's own tools."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
-    licence: ClassVar[str] = "Apache-2.0"
+    licence: ClassVar[str] = "unknown"
+    """Of the problems, as SPDX writes it."""
     redistributable: ClassVar[bool] = True
     train_splits: ClassVar[tuple[str, ...]] = ("train",)
     """Splits that may be trained on. Training on any other is refused."""

@@ -66,6 +66,7 @@ class CountrySearch(Task):
     """
 
     version = "1"
+    licence = "Apache-2.0"
     splits = SPLITS
 
     def __init__(

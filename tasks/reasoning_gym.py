@@ -63,6 +63,7 @@ class ReasoningGym(Task):
     """
 
     version = _version()
+    licence = "Apache-2.0"
     tools = ("calculator",)
     splits = SPLITS
 

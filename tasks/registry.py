@@ -117,9 +117,12 @@ def load_task(name: str, split: str = "train", **options: Any) -> Task:
     factory = get_task(name)
     parameters = inspect.signature(factory).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        known = set(parameters) - {"split"}
+        if options and not known:
+            raise ValueError(f"task {name!r} takes no options, got {', '.join(options)}; set task_options to {{}}")
         for option in options:
             if option not in parameters:
-                raise ValueError(unknown(f"option of task {name!r}", option, sorted(set(parameters) - {"split"})))
+                raise ValueError(unknown(f"option of task {name!r}", option, sorted(known)))
     needed = [one.name for one in parameters.values() if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
     if missing := [option for option in needed if option not in ("split", *options)]:
         raise ValueError(f"task {name!r} needs the option {' and '.join(missing)}; its page is docs/tasks.md")

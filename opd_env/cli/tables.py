@@ -21,7 +21,7 @@ _METRICS = {
     "accuracy": "accuracy",
     "tool_call_validity": "tool-call validity",
     "called": "episodes with a call",
-    "malformed": "episodes with a malformed call",
+    "malformed": "only malformed calls",
     "truncated": "episodes cut by a limit",
 }
 

@@ -78,6 +78,17 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
         load_task("empty", sise=3)
 
 
+def test_options_of_a_task_that_takes_none_are_refused_with_what_to_set():
+    class Plain(Empty):
+        def __init__(self, split="train"):
+            super().__init__(split)
+
+    register_task("plain")(Plain)
+    with pytest.raises(ValueError, match=r"task 'plain' takes no options, got levels, seed; set task_options to \{\}"):
+        load_task("plain", levels=[1], seed=2)
+    assert load_task("plain").licence == "unknown", "nobody said under which one the problems are"
+
+
 def test_an_unknown_split_is_refused():
     register_task("empty")(Empty)
     with pytest.raises(ValueError, match=r"no split of .* is named 'validation'; known: train, test"):
