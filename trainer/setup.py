@@ -96,7 +96,7 @@ def _require_room(task: Task, chat: ChatFormat, config: OPDConfig) -> None:
     if length >= config.limits.max_tokens:
         raise ConfigError(
             f"limits.max_tokens={config.limits.max_tokens} leaves no room for an answer: the first prompt of task "
-            f"{config.task} has {length} tokens"
+            f"{config.task} has {length} tokens; raise it"
         )
 
 

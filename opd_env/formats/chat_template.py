@@ -85,7 +85,10 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.name = f"{tokenizer.name_or_path!r}"
         if not tokenizer.chat_template:
-            raise ValueError(f"the tokenizer {self.name} has no chat template")
+            raise ValueError(
+                f"the tokenizer {self.name} has no chat template (base models have none); take the instruction-tuned "
+                "model of its family, or save a chat_template.jinja beside the tokenizer"
+            )
         self._id = KIMI_CALL_ID if _KIMI in str(tokenizer.chat_template) else CALL_ID
         self._arguments_as_text = False
         self.describes_tools = CALL.name in self.render(OPENING, [SCHEMA])
