@@ -17,6 +17,12 @@ _LINES = 20
 """Lines that a run writes into a log file."""
 
 
+def shown_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """What is shown of a step."""
+    shown = {"KL": f"{metrics['teacher/kl']:.3f}", "accuracy": f"{metrics['rollout/accuracy']:.2f}"}
+    return shown | {"tok/s": f"{metrics['tokens_per_s']:,.0f}", "s/step": f"{metrics['time/step_s']:.2f}"}
+
+
 class Display:
     """Shows one phase at a time. Silent on all processes but the first.
 

@@ -28,21 +28,18 @@ from typing import Any
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from opd_env.configuration import to_dict
-from opd_env.engine import Engine
 from opd_env.evaluation import installed_versions
 from opd_env.headline import no_better
 from opd_env.models import LoadedModel
 from opd_env.report import write_report
 from opd_env.report_run import read_metrics
 from opd_env.rollouts import RolloutResult
-from opd_env.tools import Toolbox
 from opd_env.trainer.agreement import facts_of, require_one_folder, require_same
 from opd_env.trainer.alignment import check_teacher
 from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.checkpoint import Checkpoints
 from opd_env.trainer.config import OPDConfig
-from opd_env.trainer.display import Display
+from opd_env.trainer.display import Display, shown_of
 from opd_env.trainer.engine_setup import make_engine, require_same_policy, update_engine
 from opd_env.trainer.heartbeat import Heartbeat
 from opd_env.trainer.held_out import HeldOut
@@ -52,7 +49,7 @@ from opd_env.trainer.metrics import MetricsLog
 from opd_env.trainer.order import StepProblems
 from opd_env.trainer.processes import on_main
 from opd_env.trainer.run_folder import RunFolder, git_state
-from opd_env.trainer.setup import Parts, leave, make_accelerator, make_parts
+from opd_env.trainer.setup import leave, make_accelerator, make_parts, sandbox_levels, start_trackers
 from opd_env.trainer.sft import warm_start
 from opd_env.trainer.state import Progress, restore, state_files
 from opd_env.trainer.step_rollouts import StepEpisodes, StepRollouts
@@ -88,13 +85,11 @@ class OPDTrainer:
     def _build(self, student: LoadedModel | None, teacher: LoadedModel | None, console: Console | None) -> None:
         config = self.config
         self.folder = RunFolder(config)
-        self.parts: Parts = make_parts(config, self.accelerator.device, student=student, teacher=teacher)
-        require_same(self.accelerator, facts_of(config, self.parts))
+        self.parts = parts = make_parts(config, self.accelerator.device, student=student, teacher=teacher)
+        require_same(self.accelerator, facts_of(config, parts))
         self.updater = Updater(
             PolicyModule(
-                self.parts.student.model,
-                self.parts.chat.vocab_size,
-                gradient_checkpointing=config.gradient_checkpointing,
+                parts.student.model, parts.chat.vocab_size, gradient_checkpointing=config.gradient_checkpointing
             ),
             self.accelerator,
             weight_decay=config.weight_decay,
@@ -102,26 +97,19 @@ class OPDTrainer:
             tokens_per_microbatch=config.tokens_per_microbatch,
         )
         self.problems = StepProblems(
-            self.parts.task,
+            parts.task,
             per_step=config.episodes_per_step // config.samples_per_problem,
             samples=config.samples_per_problem,
             seed=config.seed,
         )
-        self.learner = Learner(config, self.parts, self.updater, self.problems)
-        self.engine: Engine = make_engine(
-            config, self.parts.student, self.parts.chat, self.folder.path / "engine_weights"
-        )
+        self.learner = Learner(config, parts, self.updater, self.problems)
+        self.engine = make_engine(config, parts.student, parts.chat, self.folder.path / "engine_weights")
         self.rollouts = StepRollouts(
-            config,
-            self.parts,
-            self.engine,
-            self.problems,
-            self.updater,
-            self.folder.path / "trajectories",
+            config, parts, self.engine, self.problems, self.updater, self.folder.path / "trajectories"
         )
         self.checkpoints = Checkpoints(self.folder.path / "checkpoints", keep=config.checkpoint_keep)
         self.display = Display(console, enabled=self._is_main)
-        self.held_out = HeldOut(config, self.parts, self.folder, self.accelerator, self.display)
+        self.held_out = HeldOut(config, parts, self.folder, self.accelerator, self.display)
         self._gap_warned = False
 
     def train(self) -> dict[str, Any]:
@@ -176,7 +164,7 @@ class OPDTrainer:
                         self._log(log, step, metrics)
                         if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
                             self._save(step, time.perf_counter() - started)
-                    advance(step, _shown(metrics))
+                    advance(step, shown_of(metrics))
                 results["after"] = self.held_out.evaluate("after", self.engine, f"{config.student} after {step} steps")
             except StoppedAtOnce:
                 if not self.heartbeat.ended:
@@ -237,7 +225,7 @@ class OPDTrainer:
             "seed": config.seed,
             "config_hash": config.config_hash,
             "versions": installed_versions(),
-            **self._sandbox_levels(),
+            **sandbox_levels(config, self.parts.task),
             **git_state(),
         }
         on_main(self.accelerator, lambda: self.folder.write_json("results.json", results))
@@ -247,18 +235,10 @@ class OPDTrainer:
             self.display.warn(f"the {no_better(teacher, student)}")
         return results
 
-    def _sandbox_levels(self) -> dict[str, Any]:
-        """What holds the code that the student writes, by the tool that runs it; and by node, in a cluster."""
-        with Toolbox(self.parts.task.tools if self.config.tools is None else self.config.tools) as toolbox:
-            levels, nodes = toolbox.sandbox_levels(), toolbox.sandbox_nodes()
-        return {"sandbox": levels, **({"sandbox_nodes": nodes} if nodes else {})}
-
     def _open(self) -> None:
         on_main(self.accelerator, self.folder.open)
         require_one_folder(self.accelerator, self.folder.path)
-        trackers = self.config.trackers
-        if trackers:
-            self.accelerator.init_trackers("opd-env", config=_flat(self.config))
+        start_trackers(self.accelerator, self.config)
 
     def _continue(self) -> Progress | None:
         """Restores the newest checkpoint, if the run has one; forgets what was played after it."""
@@ -315,15 +295,3 @@ class OPDTrainer:
     @property
     def _is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
-
-
-def _shown(metrics: Mapping[str, Any]) -> dict[str, str]:
-    shown = {"KL": f"{metrics['teacher/kl']:.3f}", "accuracy": f"{metrics['rollout/accuracy']:.2f}"}
-    return shown | {"tok/s": f"{metrics['tokens_per_s']:,.0f}", "s/step": f"{metrics['time/step_s']:.2f}"}
-
-
-def _flat(config: OPDConfig) -> dict[str, Any]:
-    """Settings as trackers take them: numbers and text only."""
-    return {
-        name: value if isinstance(value, int | float | str) else str(value) for name, value in to_dict(config).items()
-    }

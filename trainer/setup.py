@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from opd_env.configuration import ConfigError, import_files
+from opd_env.configuration import ConfigError, import_files, to_dict
 from opd_env.formats import ChatFormat, TemplateFormat, get_format
 from opd_env.models import LoadedModel, load_model, without_bars
 from opd_env.tasks import Task, load_task, require_trainable
 from opd_env.tools import Toolbox
+from opd_env.tools.errors import unknown
 from opd_env.tools.mcp import register_mcp_servers
 from opd_env.tools.ray_workers import connect_ray
 from opd_env.trainer.config import LoRASettings, OPDConfig
@@ -100,6 +101,13 @@ def _require_room(task: Task, chat: ChatFormat, config: OPDConfig) -> None:
         )
 
 
+def sandbox_levels(config: OPDConfig, task: Task) -> dict[str, Any]:
+    """What holds the code that the student writes, by the tool that runs it; and by node, in a cluster."""
+    with Toolbox(task.tools if config.tools is None else config.tools) as toolbox:
+        levels, nodes = toolbox.sandbox_levels(), toolbox.sandbox_nodes()
+    return {"sandbox": levels, **({"sandbox_nodes": nodes} if nodes else {})}
+
+
 def make_accelerator(config: OPDConfig) -> Any:
     """An ``accelerate.Accelerator`` with the trackers that the settings name.
 
@@ -111,7 +119,7 @@ def make_accelerator(config: OPDConfig) -> Any:
 
     for name in config.trackers:
         if name not in TRACKERS:
-            raise ConfigError(f"trackers names {name!r}; known: {', '.join(TRACKERS)}")
+            raise ConfigError(unknown("tracker", name, TRACKERS))
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
     folders = ProjectConfiguration(project_dir=config.output, logging_dir=f"{config.output}/trackers")
@@ -167,6 +175,15 @@ def _require_zero(settings: Any) -> None:
     offloaded = {settings.offload_optimizer_device, settings.offload_param_device} - {None, "none"}
     if offloaded:
         raise ConfigError(f"DeepSpeed's offloading to {', '.join(sorted(offloaded))} is not supported; {example}")
+
+
+def start_trackers(accelerator: Any, config: OPDConfig) -> None:
+    """Starts the trackers of ``make_accelerator``, with the settings as they take them: numbers and text only."""
+    if config.trackers:
+        told = {
+            name: value if isinstance(value, int | float) else str(value) for name, value in to_dict(config).items()
+        }
+        accelerator.init_trackers("opd-env", config=told)
 
 
 def leave(accelerator: Any) -> None:

@@ -126,10 +126,7 @@ def _evaluate(settings: EvalSettings) -> int:
     from opd_env.engine import SamplingParams
     from opd_env.evaluation import evaluate, results_table
 
-    import_files(settings.imports)
-    register_mcp_servers(settings.mcp_servers)
-    if settings.ray_address:
-        connect_ray(settings.ray_address)
+    _register(settings)
     if not settings.task:
         raise ConfigError("task is empty; name one, or several as a,b")
     tasks = [load_task(name, settings.split, **settings.task_options) for name in settings.task]
@@ -150,15 +147,9 @@ def _evaluate(settings: EvalSettings) -> int:
         folder = Path(settings.output) / _slug(model) / cache_name(task, chat, server=server, **options)
         with progress_of(f"{task.name} ({task.split})") as meter:
             result = evaluate(
-                task,
-                engine,
-                chat,
-                limit=settings.problems,
-                folder=folder,
-                progress=meter.advance,
-                on_finished=meter.count,
-                **options,
-            )
+                task, engine, chat, limit=settings.problems, folder=folder, progress=meter.advance,
+                on_finished=meter.count, **options,
+            )  # fmt: skip
         results.append(result)
         folders.append(folder)
         for error in result.errors[:1]:
@@ -216,10 +207,7 @@ def _rollout(settings: RolloutSettings) -> int:
     from opd_env.rollouts import rollout
     from opd_env.store import save_trajectories
 
-    import_files(settings.imports)
-    register_mcp_servers(settings.mcp_servers)
-    if settings.ray_address:
-        connect_ray(settings.ray_address)
+    _register(settings)
     task = load_task(settings.task, settings.split, **settings.task_options)
     last = min(settings.first + settings.problems, len(task))
     if not 0 <= settings.first < last:
@@ -257,6 +245,13 @@ def _rollout(settings: RolloutSettings) -> int:
     if settings.output is not None:
         _say(console, f"trajectories: {save_trajectories(result.trajectories, settings.output)}")
     return 1 if result.errors else 0
+
+
+def _register(settings: PlaySettings) -> None:
+    import_files(settings.imports)
+    register_mcp_servers(settings.mcp_servers)
+    if settings.ray_address:
+        connect_ray(settings.ray_address)
 
 
 def _open(settings: PlaySettings) -> tuple[Engine, ChatFormat, LoadedModel]:

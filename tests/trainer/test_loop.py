@@ -369,7 +369,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_is_reported(tmp_path):
         ({"tools": ("calculater",)}, "did you mean 'calculator'"),
         ({"limits": RolloutLimits(max_tokens=20, max_turn_tokens=8)}, "max_tokens=20 leaves no room for an answer"),
         ({"divergence": "jds"}, "jsd"),
-        ({"trackers": ("tensorbord",)}, "trackers names 'tensorbord'"),
+        ({"trackers": ("tensorbord",)}, "no tracker is named 'tensorbord' (did you mean 'tensorboard'"),
         ({"imports": ("nowhere.py",)}, "imports names 'nowhere.py', which is no file"),
         ({"lora": LoRASettings(targets=("qkv",))}, "fits no layer of the student; its linear layers are"),
     ],
