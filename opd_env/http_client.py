@@ -39,6 +39,7 @@ from opd_env.http_transport import Fault, Refusal, Transport, pause_before
 from opd_env.server_urls import pool_url
 
 Answer = TypeVar("Answer")
+GARBAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 _HEALTH_TIMEOUT = 10.0
 _LONGEST_MESSAGE = 1000
 _IDLE_S = 1.0
@@ -99,7 +100,7 @@ class HttpClient:
     """Called with the URL of a server that was away and is back, or that was idle, before it gets work; what it raises
     means that the server is not back yet."""
     _lock: threading.Condition = field(default_factory=threading.Condition, repr=False)
-    _jobs: SimpleQueue[Callable[[], None]] = field(default_factory=SimpleQueue, repr=False)
+    _jobs: SimpleQueue[Callable[[], None] | None] = field(default_factory=SimpleQueue, repr=False)
     _workers: int = field(default=0, repr=False)
     _closed: bool = field(default=False, repr=False)
 
@@ -125,8 +126,7 @@ class HttpClient:
         Args:
             path: of the API, such as ``/v1/completions``.
             body: sent as JSON.
-            read: turns the answer's JSON into the result; ``LookupError``, ``TypeError``, ``ValueError``,
-                ``AttributeError``, ``ArithmeticError`` and ``RecursionError`` mean that the answer is garbage.
+            read: turns the answer's JSON into the result; an exception of ``GARBAGE`` means that it is none.
             key: requests of one key go to the same server while it is healthy (its prefix cache knows them).
 
         Raises:
@@ -140,7 +140,7 @@ class HttpClient:
                 answer = self._send(server.url, path, body, self.timeout_s)
                 try:
                     result = read(answer)
-                except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+                except GARBAGE as error:
                     said = f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
                     raise Fault(f"an answer that is not what was asked for ({said})") from error
                 self._answer_of(server)
@@ -168,11 +168,14 @@ class HttpClient:
 
     def run(self, job: Callable[[], None]) -> None:
         """Runs a job, which catches its own exceptions, in one of ``concurrency`` threads that never hold an exit."""
-        self._jobs.put(job)
         with self._lock:
-            if self._workers < self.concurrency:
-                self._workers += 1
-                threading.Thread(target=self._work, daemon=True, name="opd-env-http").start()
+            if not self._closed:
+                self._jobs.put(job)
+                if self._workers < self.concurrency:
+                    self._workers += 1
+                    threading.Thread(target=self._work, daemon=True, name="opd-env-http").start()
+                return
+        job()  # fails at once: whoever waits for it must hear so
 
     def suspect(self, url: str, reason: str) -> None:
         """Gives a server no work until it has passed a health check and ``on_return``."""
@@ -186,12 +189,12 @@ class HttpClient:
             self._closed = True
             self._lock.notify_all()
             for _ in range(self._workers):
-                self._jobs.put(lambda: None)  # wakes a thread that waits for work
+                self._jobs.put(None)  # behind the jobs that wait: they fail first
         self._transport.close()
 
     def _work(self) -> None:
-        while not self._closed:
-            self._jobs.get()()
+        while (job := self._jobs.get()) is not None:
+            job()
 
     def _take(self, key: int | None) -> _Server:
         """A healthy server: the key's own, or the one with least to do. Waits for one."""
@@ -207,7 +210,8 @@ class HttpClient:
                         threading.Thread(target=self._check, args=(server,), daemon=True).start()
                 ready = [server for server in self._servers if not server.suspect and server.rests_until <= now]
                 if ready:
-                    own = self._servers[_spread(key) % len(self._servers)] if key is not None else ready[0]
+                    # Neighbouring keys on different servers, in no step with anything else.
+                    own = self._servers[zlib.crc32(str(key).encode()) % len(self._servers)]
                     server = own if key is not None and own in ready else min(ready, key=lambda one: one.running)
                     server.unseen |= not server.running and now - server.idle_since > _IDLE_S
                     server.running += 1
@@ -293,8 +297,3 @@ def client_of(urls: str, concurrency: int) -> HttpClient:
     """
     named = [url.strip() for url in urls.split(",")]
     return HttpClient(named, concurrency=concurrency, api_key=os.environ.get("VLLM_API_KEY"))
-
-
-def _spread(key: int) -> int:
-    """Neighbouring keys on different servers, in no step with anything else."""
-    return zlib.crc32(str(key).encode())

@@ -10,6 +10,9 @@ or a ``Refusal``, which will not (every other status of 300 or more). The caller
 ``pause_before`` says how long to wait. Redirects are refusals: following one would carry the key to another host.
 An https server is reached through the proxy that the environment names, if any; an http server directly.
 
+It stands on ``http.client`` because one deadline must hold for the whole exchange: in httpx2 that takes the
+asynchronous client behind a thread, and two to five times the CPU (``python benchmarks/http_exchange.py``).
+
 Test it alone: ``pytest tests/core/test_http_transport.py``
 """
 

@@ -118,6 +118,20 @@ def test_one_poisoned_turn_ends_its_episode_and_no_other(server: FakeVLLM) -> No
     assert len(result.trajectories) == len(calm.trajectories) - 1
 
 
+def test_closing_ends_a_rollout_that_is_under_way_in_another_thread(server: FakeVLLM) -> None:
+    server.delay_s = 0.1
+    engine, results = engine_of(server, concurrency=2), list[RolloutResult]()
+    thread = threading.Thread(target=lambda: results.append(play(engine, 12)), daemon=True)
+    thread.start()
+    while not server.requests:
+        time.sleep(0.01)
+    engine.close()
+    thread.join(20)
+    (result,) = results
+    assert len(result.errors) + len(result.trajectories) == 12
+    assert any("the client was closed" in error.message for error in result.errors)
+
+
 def test_no_server_at_all_ends_the_rollout_with_what_to_do(server: FakeVLLM) -> None:
     engine = engine_of(server, patience_s=0.3)
     server.kill()
