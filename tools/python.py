@@ -17,9 +17,10 @@ Test it alone: ``pytest tests/tools/test_python.py``
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from opd_env.tools.base import Tool, tool
@@ -100,7 +101,8 @@ def python_tool(
         Args:
             code: The program. Use print to see a result.
         """
-        result = _opened(get_sandbox).run(code, files=files, keep_files=on_files is not None)
+        with _never_the_students():
+            result = _opened(get_sandbox).run(code, files=files, keep_files=on_files is not None)
         return _answer(result, _hand_over(result, {}, on_files))
 
     if not check_files(files):
@@ -126,14 +128,15 @@ class Repl:
             self.close()
             lost = _STATE_LOST
         keep_files = self._on_files is not None
-        session = self._running()
-        try:
-            result = session.run(code, keep_files=keep_files)
-        except SessionEnded:  # it went unnoticed: on another machine, or just now
-            self.close()
-            lost = _STATE_LOST
+        with _never_the_students():
             session = self._running()
-            result = session.run(code, keep_files=keep_files)
+            try:
+                result = session.run(code, keep_files=keep_files)
+            except SessionEnded:  # it went unnoticed: on another machine, or just now
+                self.close()
+                lost = _STATE_LOST
+                session = self._running()
+                result = session.run(code, keep_files=keep_files)
         note = _hand_over(result, self._files, self._on_files)
         self._files = result.files
         if not session.alive:
@@ -201,6 +204,15 @@ def _answer(result: ExecResult, note: str) -> str:
         return (output or "(no output: use print to see a value)\n") + note
     message = f"{note}{_EXPLANATIONS[result.status]}"
     raise ToolError(_ERROR_KINDS[result.status], f"{message}\n{output}" if output else message)
+
+
+@contextlib.contextmanager
+def _never_the_students() -> Iterator[None]:
+    """Where the sandbox is full or closed, the episode is dropped, and the student not charged."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ToolError(ToolErrorKind.SANDBOX, str(error)) from error
 
 
 def _opened(get_sandbox: Callable[[], Sandbox]) -> Sandbox:

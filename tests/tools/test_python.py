@@ -64,6 +64,24 @@ def test_a_machine_without_a_sandbox_refuses_and_says_why(monkeypatch):
     assert "Use Linux" in caught.value.message
 
 
+def test_a_full_or_closed_sandbox_is_not_held_against_the_student():
+    try:
+        opened = open_sandbox(max_sessions=1)
+    except SandboxUnavailable as error:
+        pytest.skip(error.reason)
+    with opened as sandbox:
+        first, second = Repl(lambda: sandbox), Repl(lambda: sandbox)
+        assert first.run("1 + 1") == "2\n"
+        with pytest.raises(ToolError, match="1 sessions are open") as caught:
+            second.run("1 + 1")
+        assert caught.value.kind is ToolErrorKind.SANDBOX
+        first.close()
+        assert second.run("1 + 1") == "2\n"
+        second.close()
+    for tool in (python_tool(sandbox=sandbox), python_tool(stateful=True, sandbox=sandbox)):
+        assert Toolbox([tool]).call("python", {"code": "print(1)"}).error is ToolErrorKind.SANDBOX
+
+
 def test_files_are_there_for_each_program_anew_and_the_student_is_told(sandbox):
     tool = python_tool(files={"prices.csv": b"pen,1.5"}, sandbox=sandbox)
     assert tool.description.endswith("Files in its folder: prices.csv.")

@@ -30,6 +30,8 @@ from opd_env.errors import UserError
 
 NOBODY = 65534
 """The user that the code runs as, if the trainer is root."""
+MAX_SESSIONS = 1024
+"""Sessions that a sandbox keeps open at the same time, unless it is told otherwise."""
 
 
 class Status(StrEnum):
@@ -266,7 +268,11 @@ class Sandbox(ABC):
 
     @abstractmethod
     def session(self, *, limits: Limits | None = None, seed: int = 0) -> Session:
-        """Starts an interpreter that keeps its state from cell to cell. Close it, or use ``with``."""
+        """Starts an interpreter that keeps its state from cell to cell. Close it, or use ``with``.
+
+        Raises:
+            RuntimeError: if the sandbox is closed, or as many sessions as may be are open already.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -15,14 +15,23 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from opd_env.tools.sandbox.base import ExecResult, Level, Limits, Sandbox, Session, SetUpFailed, Status, sandbox_failure
+from opd_env.tools.sandbox.base import (
+    MAX_SESSIONS,
+    ExecResult,
+    Level,
+    Limits,
+    Sandbox,
+    Session,
+    SetUpFailed,
+    Status,
+    sandbox_failure,
+)
 from opd_env.tools.sandbox.kernel_session import KernelSession
 from opd_env.tools.sandbox.modules import Tier, tier_of
 from opd_env.tools.sandbox.output import check_code, check_files, check_folder
 from opd_env.tools.sandbox.pool import SlotPool
 from opd_env.tools.sandbox.turnstile import Turnstile
 
-_MAX_SESSIONS = 1024
 _MAX_WAITING = 10_000
 
 
@@ -33,18 +42,22 @@ class KernelSandbox(Sandbox):
         level: ``namespaces`` or ``landlock``.
         limits: default limits of a call.
         slots: programs and cells that run at the same time; by default one per CPU.
+        max_sessions: sessions that may be open at the same time.
 
     Raises:
         SetUpFailed: if the kernel refuses a step.
     """
 
-    def __init__(self, level: Level, limits: Limits | None = None, slots: int | None = None) -> None:
+    def __init__(
+        self, level: Level, limits: Limits | None = None, slots: int | None = None, max_sessions: int = MAX_SESSIONS
+    ) -> None:
         self._limits = limits or Limits()
         places = slots or os.cpu_count() or 1
         self._owner = os.getpid()
         self._turnstile = Turnstile(places, _MAX_WAITING)
         self._pool = SlotPool(level)
         self._sessions: set[KernelSession] = set()
+        self._max_sessions = max_sessions
         self._lock = threading.Lock()
         try:
             self._pool.give_back(Tier.STDLIB, self._pool.take(Tier.STDLIB))
@@ -98,8 +111,10 @@ class KernelSandbox(Sandbox):
         self._pool.check_open()
         with self._lock:
             self._sessions = {session for session in self._sessions if not session.closed}
-            if len(self._sessions) >= _MAX_SESSIONS:
-                raise RuntimeError(f"{_MAX_SESSIONS} sessions are open; close those that have ended")
+            if len(self._sessions) >= self._max_sessions:
+                raise RuntimeError(
+                    f"{self._max_sessions} sessions are open; close those that have ended, or raise max_sessions"
+                )
             session = KernelSession(self._pool, self._turnstile, limits or self._limits, seed)
             self._sessions.add(session)
         return session

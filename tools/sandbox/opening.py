@@ -16,7 +16,7 @@ import sys
 from enum import StrEnum
 
 from opd_env.tools.errors import did_you_mean
-from opd_env.tools.sandbox.base import NOBODY, Level, Limits, Sandbox, SandboxUnavailable, SetUpFailed
+from opd_env.tools.sandbox.base import MAX_SESSIONS, NOBODY, Level, Limits, Sandbox, SandboxUnavailable, SetUpFailed
 from opd_env.tools.sandbox.guest.syscall_table import AUDIT_ARCH
 from opd_env.tools.sandbox.selftest import self_test
 from opd_env.tools.sandbox.unsafe import UnsafeSubprocess
@@ -51,6 +51,7 @@ def open_sandbox(
     min_level: str = "landlock",
     limits: Limits | None = None,
     slots: int | None = None,
+    max_sessions: int = MAX_SESSIONS,
 ) -> Sandbox:
     """Opens a sandbox. Close it, or use ``with``.
 
@@ -59,6 +60,8 @@ def open_sandbox(
         min_level: for ``auto``, the weakest level that is accepted: ``namespaces`` or ``landlock``.
         limits: default limits of a call.
         slots: calls that run at the same time; by default one per CPU.
+        max_sessions: sessions that may be open at the same time; one more is refused. A session holds what it has
+            filled, so with ``limits.memory_mb`` this bounds the memory of all together.
 
     Raises:
         SandboxUnavailable: where that kind does not work, with the reason and what to do.
@@ -85,7 +88,7 @@ def open_sandbox(
     reasons = []
     for level in levels:
         try:
-            sandbox = _open_level(level, limits, slots)
+            sandbox = _open_level(level, limits, slots, max_sessions)
         except SetUpFailed as error:
             reasons.append(f"{level}: {error}")
         else:
@@ -97,12 +100,12 @@ def open_sandbox(
     )
 
 
-def _open_level(level: Level, limits: Limits | None, slots: int | None) -> Sandbox:
+def _open_level(level: Level, limits: Limits | None, slots: int | None, max_sessions: int) -> Sandbox:
     """Opens one level and attacks it; it is not handed out if anything gets through."""
     # Imported only here: it needs calls of the kernel that other systems do not have.
     from opd_env.tools.sandbox.kernel_sandbox import KernelSandbox
 
-    sandbox = KernelSandbox(level, limits, slots)
+    sandbox = KernelSandbox(level, limits, slots, max_sessions)
     try:
         failures = self_test(sandbox, NOBODY)
     except OSError as error:

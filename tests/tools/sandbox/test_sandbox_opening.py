@@ -26,7 +26,7 @@ class Opened:
 def only(*working):
     """An ``_open_level`` for a machine where only these levels work."""
 
-    def open_level(level, limits, slots):
+    def open_level(level, limits, slots, max_sessions):
         if level not in working:
             raise SetUpFailed("unshare: not permitted")
         return Opened(level)
