@@ -65,7 +65,10 @@ class VLLMEngine(Engine):
             )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # likewise; it would write over our progress at every step
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        self._beside_others = (
+            distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        )
+        if self._beside_others:
             # One vLLM of one device in each process of the group, which it takes over: on the device of $LOCAL_RANK.
             options["distributed_executor_backend"] = "external_launcher"
         with warnings.catch_warnings():
@@ -192,5 +195,8 @@ class VLLMEngine(Engine):
         return [next(scores) if positions else no_scores(k) for _, positions in rows]
 
     def close(self) -> None:
-        """Ends vLLM's engine."""
-        self._engine.engine_core.shutdown()
+        """Ends vLLM's engine; a group of processes that it took over is not its own to leave."""
+        if self._beside_others:
+            self._engine.model_executor.shutdown()
+        else:
+            self._engine.engine_core.shutdown()

@@ -27,7 +27,8 @@ from opd_env.trainer.config import OPDConfig
 from opd_env.trainer.loop import OPDTrainer
 from tests.core.test_vllm import OPTIONS, TOLERANCE, gap
 from tests.core.vllm_server import Server
-from tests.trainer.test_distributed import ROOT, launch, launcher_environment
+from tests.trainer.distributed_updates import accelerator_of
+from tests.trainer.together import ROOT, ends, launcher_environment, together
 
 pytestmark = [
     pytest.mark.vllm,
@@ -66,14 +67,9 @@ def episodes_of(folder: Path) -> dict[tuple[str, str, int], list[int]]:
     }
 
 
-_RUN = """
-import sys
-from tests.core.test_vllm_training import config_of, train
-from tests.trainer.distributed_updates import accelerator_of
-
-accelerator_of(sys.argv[2])
-train(config_of(sys.argv[1], teacher_engine="vllm"))
-"""
+def run_in_two(rank: int, folder: Path, kind: str) -> None:
+    accelerator_of(kind)
+    train(config_of(folder, teacher_engine="vllm"))
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +83,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_with_a_vllm_in_each_learn_what_one_learns(tmp_path: Path, alone: Path, kind: str) -> None:
     """Student and teacher in vLLM: the same tokens are sampled from weights that follow the same three updates."""
-    script, two = tmp_path / "script.py", tmp_path / "two"
-    script.write_text(_RUN)
-    sharding = {name: value for name, value in launcher_environment("fsdp2.yaml").items() if "FSDP" in name}
-    assert launch(2, script, two, kind, environment={**sharding, "ACCELERATE_USE_CPU": "true"}).wait(timeout=400) == 0
+    two, environment = tmp_path / "two", launcher_environment("fsdp2.yaml")
+    sharding = {name: value for name, value in environment.items() if "FSDP" in name}
+    with together(2, tmp_path, run_in_two, two, kind, environment=sharding) as lives:
+        assert ends(lives, within=500) == [0, 0]
     assert len(list((two / "trajectories").iterdir())) == 6
     assert episodes_of(two) == episodes_of(alone)
     for ours, theirs in zip(steps_of(two), steps_of(alone), strict=True):
@@ -105,6 +101,21 @@ def test_two_processes_with_a_vllm_in_each_learn_what_one_learns(tmp_path: Path,
         torch.testing.assert_close(value, other[name], rtol=0, atol=2e-5, msg=name)
         moved = max(moved, float((value - first[name]).detach().abs().max()))
     assert moved > 2e-4
+
+
+def failing_in_one(rank: int, folder: Path) -> None:
+    accelerator_of("ddp")
+    trainer = OPDTrainer(config_of(folder), console=Console(file=StringIO()))
+    if rank == 0:
+        trainer.rollouts.play = None  # type: ignore[assignment, method-assign]
+    trainer.train()
+
+
+def test_an_error_in_the_process_that_all_meet_at_is_told_though_its_vllm_is_closed_first(tmp_path: Path) -> None:
+    with together(2, tmp_path, failing_in_one, tmp_path / "run") as lives:
+        assert ends(lives, within=300) == [1, 1]
+        assert "EndedByAnother: process 0" in lives[1].text()
+        assert "'NoneType' object is not callable" in lives[1].text()
 
 
 @pytest.mark.parametrize("where", ["in process", "server"])
