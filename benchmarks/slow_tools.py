@@ -15,6 +15,11 @@ processors, only which token comes of it is decided by the script::
     OMP_NUM_THREADS=2 python benchmarks/slow_tools.py --model packaged:student --episodes 384 --runs 3
     OMP_NUM_THREADS=2 python benchmarks/slow_tools.py --model smollm2 --episodes 128 --runs 2
 
+On a machine that others use, too, ``--processor_time`` counts in the CPU seconds of this process instead, the tool's as
+well, and jumps to the end of the next tool where nothing is left to sample::
+
+    OMP_NUM_THREADS=1 python benchmarks/slow_tools.py --model smollm2 --episodes 64 --runs 1 --processor_time
+
 Two limits stand beside the ratio. A rollout takes at least as long as without the tool, and as its slowest episode
 would take alone: no order of episodes beats that. Nobody knows beforehand which episode it will be: the limit of this
 order counts each episode from when it was opened in the run without the tool.
@@ -23,8 +28,10 @@ order counts each episode from when it was opened in the run without the tool.
 from __future__ import annotations
 
 import argparse
+import heapq
 import random
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -45,14 +52,59 @@ RUNNING, STEP_SECONDS, TURN_TOKENS = 64, 0.04, 48
 tool_seconds = 0.0
 
 
-@tool(timeout_s=5.0)
+class WallClock:
+    """Time as everyone knows it."""
+
+    now = staticmethod(time.perf_counter)
+    sleep = staticmethod(time.sleep)
+
+    def follow(self, engine: PacedEngine | ForcedEngine) -> None:
+        """Nothing to do."""
+
+
+class ProcessorClock:
+    """Goes on while this process computes, and jumps when every open episode sleeps."""
+
+    def __init__(self) -> None:
+        self.jumped = 0.0
+        self.sleepers: list[tuple[float, int, threading.Event]] = []
+        self.engine: PacedEngine | ForcedEngine | None = None
+        threading.Thread(target=self._wake, daemon=True).start()
+
+    def now(self) -> float:
+        return time.process_time() + self.jumped
+
+    def sleep(self, seconds: float) -> None:
+        awake = threading.Event()
+        heapq.heappush(self.sleepers, (self.now() + seconds, id(awake), awake))
+        awake.wait()
+
+    def follow(self, engine: PacedEngine | ForcedEngine) -> None:
+        """Whose episodes sleep."""
+        self.engine = engine
+
+    def _wake(self) -> None:
+        while True:
+            time.sleep(0.005)
+            sleepers, engine = self.sleepers, self.engine
+            if engine is not None and sleepers and len(sleepers) == len(engine.open):
+                self.jumped += max(0.0, sleepers[0][0] - self.now())
+            while sleepers and sleepers[0][0] <= self.now():
+                heapq.heappop(sleepers)[2].set()
+
+
+clock: WallClock | ProcessorClock = WallClock()
+
+
+@tool(timeout_s=600.0)
 def wait(number: int) -> int:
     """Waits, then gives a number back.
 
     Args:
         number: any.
     """
-    time.sleep(tool_seconds)
+    if tool_seconds:
+        clock.sleep(tool_seconds)
     return number
 
 
@@ -73,12 +125,29 @@ class Waiting(Task):
         return grade_number(answer, example.answer)
 
 
-class PacedEngine(Engine):
+class Watched(Engine):
+    """Notes when episodes are opened, and which are open."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.opened: dict[int, float] = {}
+        self.open: set[int] = set()
+
+    def submit(self, request: Request) -> None:
+        self.opened.setdefault(request.episode, clock.now())
+        self.open.add(request.episode)
+        super().submit(request)
+
+    def release(self, episode: int) -> None:
+        self.open.discard(episode)
+        super().release(episode)
+
+
+class PacedSampler(Engine):
     """Takes the time of a server and says what the script says: in a quarter of the turns, a call."""
 
     def __init__(self, chat: ChatFormat, capacity: int) -> None:
         self.capacity = capacity
-        self.opened: dict[int, float] = {}
         self.call = chat.render_assistant(assistant("", [ToolCall("wait", {"number": 1})]))
         self.answer = chat.render_assistant(assistant("1"))
         self.queue: deque[Request] = deque()
@@ -86,7 +155,6 @@ class PacedEngine(Engine):
         self.due = 0.0
 
     def submit(self, request: Request) -> None:
-        self.opened.setdefault(request.episode, time.perf_counter())
         self.queue.append(request)
 
     def step(self) -> list[Completion]:
@@ -113,7 +181,11 @@ class PacedEngine(Engine):
         self.running.pop(episode, None)
 
 
-class ForcedEngine(LocalEngine):
+class PacedEngine(Watched, PacedSampler):
+    """The same, watched."""
+
+
+class ForcedEngine(Watched, LocalEngine):
     """Works as hard as the local engine and says what the script says, in turns of about ``TURN_TOKENS`` tokens."""
 
     def __init__(self, model: Any, chat: ChatFormat, capacity: int) -> None:
@@ -124,11 +196,6 @@ class ForcedEngine(LocalEngine):
             for made in ([], calls)
             for count in [(TURN_TOKENS - len(chat.render_assistant(assistant("", made)))) // 2]
         ]
-        self.opened: dict[int, float] = {}
-
-    def submit(self, request: Request) -> None:
-        self.opened.setdefault(request.episode, time.perf_counter())
-        super().submit(request)
 
     def _forward(self, first: int, new: list[list[int]]) -> None:
         super()._forward(first, new)
@@ -158,23 +225,26 @@ def measure(engine: PacedEngine | ForcedEngine, chat: ChatFormat, seconds: float
     """Plays episodes with a tool that takes so long."""
     global tool_seconds
     tool_seconds = seconds
-    started, processor = time.perf_counter(), time.process_time()
+    clock.follow(engine)
+    started = clock.now()
     result = rollout(
-        Waiting(), engine, chat, indices=range(episodes), tool_workers=64,
-        limits=RolloutLimits(max_turns=8, max_turn_tokens=64),
+        Waiting(), engine, chat, indices=range(episodes), tool_workers=2 * RUNNING,
+        limits=RolloutLimits(max_turns=8, max_turn_tokens=64, max_seconds=86400.0),
     )  # fmt: skip
-    processor = time.process_time() - processor
+    seconds_taken = clock.now() - started
     if result.errors:
         raise RuntimeError(result.errors[0].message)
     played = Measured(
         [len(one.turns) for one in result.trajectories],
         [len(one.calls) for one in result.trajectories],
         [engine.opened[episode] - started for episode in range(episodes)],
-        result.seconds,
+        seconds_taken,
     )
+    engine_share, tail = result.generate_seconds / result.seconds, result.tail_seconds / result.seconds
     print(
-        f"    {seconds:.1f} s tool: {played.speed:.1f} turns/s, {result.seconds:.1f} s ({processor:.1f} s of CPU), of "
-        f"which {result.generate_seconds:.1f} s in the engine and {result.tail_seconds:.1f} s in the tail"
+        f"    {seconds:.1f} s tool: {played.speed:.2f} turns/s, {seconds_taken:.1f} s, of which {engine_share:.0%} in "
+        f"the engine and {tail:.0%} in the tail",
+        flush=True,
     )
     return played
 
@@ -191,14 +261,20 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--model", help="sample with this model here, instead of an engine that stands for a server")
+    parser.add_argument("--processor_time", action="store_true", help="count CPU seconds; with --model only")
     args = parser.parse_args()
+    if args.processor_time:
+        if not args.model:
+            parser.error("--processor_time: an engine that sleeps takes none; give --model")
+        global clock
+        clock = ProcessorClock()
     loaded = load_model(args.model or "packaged:student")
     chat = get_format(loaded.tokenizer)
 
     def engine(capacity: int) -> PacedEngine | ForcedEngine:
         return ForcedEngine(loaded.model, chat, capacity) if args.model else PacedEngine(chat, capacity)
 
-    alone = min(1 / measure(engine(1), chat, 0.0, 2).speed for _ in range(3))
+    alone = min(1 / measure(engine(1), chat, 0.0, 2).speed for _ in range(2))
     for capacity in [RUNNING] if args.model else [2 * RUNNING, RUNNING]:
         label = f"{capacity} turns side by side" if args.model else f"{capacity} episodes open"
         rows = []
@@ -207,7 +283,7 @@ def main() -> None:
             ratio, bounds = slow.speed / quick.speed, limits(quick, alone)
             rows.append((ratio, ratio / bounds[0], ratio / bounds[1]))
             print(
-                f"{label}: {quick.speed:.1f} turns/s without, {slow.speed:.1f} with the 0.5 s tool: "
+                f"{label}: {quick.speed:.2f} turns/s without, {slow.speed:.2f} with the 0.5 s tool: "
                 f"{ratio:.1%} (limit of any order {bounds[0]:.1%}, of this order {bounds[1]:.1%})"
             )
         medians = [statistics.median(column) for column in zip(*rows, strict=True)]
