@@ -4,7 +4,8 @@ The student plays episodes with real tool calls, the teacher scores the tokens t
 advantage weighs them, and AdamW takes a step. ``opd_env.trainer.OPDTrainer`` is the same with checkpoints, metrics,
 many devices and refusals; this file is for reading, and for trying an idea.
 
-Run it: ``python examples/loop.py`` (about half a minute for 10 steps on a laptop)
+Run it: ``python examples/loop.py`` (about half a minute for 10 steps on a laptop). So few steps show the parts at work
+and no more: the packaged student needs some hundred updates, see ``configs/demo.yaml``.
 """
 
 import numpy as np
@@ -24,7 +25,7 @@ def main() -> None:
     student, teacher = load_model("packaged:student"), load_model("packaged:teacher")
     chat = get_format(student.tokenizer)
     engine = LocalEngine(student.model, chat.stop_token_ids, chat.vocab_size)
-    optimizer = torch.optim.AdamW(student.model.parameters(), lr=6e-4)
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=2e-4)
     task = load_task("arithmetic")
     limits = RolloutLimits(max_turns=6, max_turn_tokens=48, max_tokens=384)
     for step in range(STEPS):

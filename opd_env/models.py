@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -131,8 +130,8 @@ def _load_pretrained(name: str, dtype: str) -> LoadedModel:
 
     source = source_of(name)
     try:
-        # A packaged model is loaded in a moment, and a log file is no terminal: a bar would only be noise.
-        with without_bars() if name.startswith("packaged:") or not sys.stderr.isatty() else nullcontext():
+        # A packaged model is loaded in a moment: a bar would only be noise.
+        with without_bars() if name.startswith("packaged:") else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:

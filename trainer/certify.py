@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from opd_env.trainer.advantages import advantage
@@ -101,26 +103,27 @@ def run_certification(
 
 
 def print_certification(console: Console, certification: Certification) -> None:
-    """Prints the table and one closing line."""
-    table = Table(title="Expected update against the exact gradient, counted out in float64")
-    for column in ("divergence", "update", "estimator", "baseline"):
-        table.add_column(column)
-    for column in ("cosine", "relative error", "variance"):
-        table.add_column(column, justify="right")
+    """Prints the table, a section for each divergence, and one closing line. It fits into 80 columns."""
+    console.print("Expected update against the exact gradient, counted out in float64")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for column in ("update", "estimator", "baseline"):
+        table.add_column(column, no_wrap=True)
+    for column in ("cosine", "error", "variance"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict")
     colours = {Verdict.EXACT: "green", Verdict.BIASED: "yellow", Verdict.ZERO: "yellow"}
-    previous = certification.rows[0].target if certification.rows else ""
+    previous = ""
     for row in certification.rows:
         if row.target != previous:
             table.add_section()
+            table.add_row(Text(row.target, style="bold"))
         previous, measured = row.target, row.measured
         verdict = f"[{colours[measured.verdict]}]{measured.verdict}[/]"
         table.add_row(
-            row.target,
             row.update,
             row.estimator,
             row.baseline,
-            f"{measured.cosine:.6f}",
+            f"{measured.cosine:.4f}",
             f"{measured.relative_error:.1e}",
             f"{measured.variance:.3g}",
             verdict if row.ok else f"[red]{measured.verdict}, must be {row.expected}[/]",

@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait for one another must not spin: on a busy machine that makes small models slower a hundredfold.
     # Read by OpenMP when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Other libraries' progress bars have no place in a log file. Read by tqdm when it is imported.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(words)

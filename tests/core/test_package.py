@@ -85,3 +85,9 @@ def test_a_wheel_runs_outside_the_checkout_beside_a_users_own_tools_and_tasks(tm
     assert answer.startswith("The answer is")
     listed = run(python, "-m", "opd_env.cli", "tools", cwd=work, env=environment)
     assert "calculator" in listed
+
+
+def test_a_log_file_holds_no_progress_bars_of_other_libraries() -> None:
+    code = "from opd_env.cli.main import main; main(['-V']); from tqdm.auto import tqdm; list(tqdm(range(3)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -122,8 +122,17 @@ def test_a_wrong_size_alone_is_found():
 def test_the_table_has_every_row_and_ends_with_the_verdict():
     certification = run_certification(["hellinger"])
     text = printed(certification)
-    assert text.count("hellinger") == 13
+    lines = text.partition("hellinger")[2].partition("reverse_kl")[0].splitlines()
+    assert sum("sampled" in line or "full" in line or "topk" in line for line in lines) == 13
     assert f"All {len(certification.rows)} rows are as theory says." in text
+
+
+def test_the_table_fits_into_eighty_columns(everything):
+    console = Console(file=io.StringIO(), width=80)
+    print_certification(console, everything)
+    lines = console.file.getvalue().splitlines()
+    assert "…" not in "".join(lines)
+    assert sum(line.rstrip().endswith((" exact", " biased", " zero")) for line in lines) == len(everything.rows)
 
 
 def test_a_seed_gives_the_same_numbers_again():
