@@ -112,7 +112,7 @@ class Run:
         if not results and not metrics:
             raise ValueError(f"{str(folder)!r} holds no results.json and no metrics.jsonl: there is nothing to report")
         entries = {key: (title, results.get(key)) for key, title in MODELS.items()}
-        for number, entry in enumerate(results.get("teachers", {}).values(), start=1):
+        for number, entry in enumerate(mixture_of(results).values(), start=1):
             entries[entry["evaluation"]] = (f"Teacher {number}", entry)
         models = {key: model for key, entry in entries.items() if (model := _model(folder, key, *entry)) is not None}
         text = _text(folder / "config.yaml")
@@ -166,9 +166,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def mixture_of(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What ``results.json`` tells of each member of a mixture of teachers; empty for one teacher, and in runs that were
+    begun before weights were noted."""
+    return {name: entry for name, entry in results.get("teachers", {}).items() if "weight" in entry}
+
+
 def mixture_text(results: Mapping[str, Any]) -> str:
-    """Weights and members of the mixture of teachers that ``results.json`` tells of; empty when there is none."""
-    return " + ".join(f"{entry['weight']:g} × {name}" for name, entry in results.get("teachers", {}).items())
+    """Its weights and members, such as ``0.7 × mathematician + 0.3 × searcher``; empty when there is none."""
+    return " + ".join(f"{entry['weight']:g} × {name}" for name, entry in mixture_of(results).items())
 
 
 def _model(folder: Path, key: str, title: str, entry: Any) -> Model | None:

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from opd_env.report_run import mixture_text
+from opd_env.report_run import mixture_of, mixture_text
 from opd_env.trajectory import Trajectory
 from opd_env.transcript import Decode, transcript
 
@@ -31,7 +31,7 @@ def before_after_table(results: Mapping[str, Any]) -> Group:
     title = f"{results['after']['n']} held-out problems, with 95 % intervals"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_style="", title_justify="left")
     columns = {"student before": results["before"], "student after": results["after"], "teacher": results["teacher"]}
-    if members := results.get("teachers", {}):
+    if members := mixture_of(results):
         del columns["teacher"]
         columns |= {f"teacher {number}": entry for number, entry in enumerate(members.values(), start=1)}
     table.add_column("")
