@@ -89,5 +89,6 @@ def _help() -> str:
         "usage: opd-env COMMAND …\n\n"
         "Teaches small language models to use tools by on-policy distillation (OPD+).\n\n"
         f"{commands}\n\n"
-        "opd-env COMMAND --help tells more. A first run: opd-env train configs/demo.yaml"
+        "opd-env COMMAND --help tells more. A first run: opd-env train configs/demo.yaml\n"
+        "OPD_ENV_TRACEBACK=1 opd-env COMMAND … shows where in the code an error arose."
     )
