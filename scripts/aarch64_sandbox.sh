@@ -8,7 +8,7 @@
 #     COMMAND  for a shell in the checkout there instead: "python3 -m pytest tests/tools/sandbox -k sessions"
 #
 # Debian, as root, with `apt-get install qemu-system-arm mmdebstrap kmod e2fsprogs cpio xz-utils`; downloads an arm64
-# kernel and Python by apt and numpy, sympy, pytest and hypothesis by pip; 2 GB in BUILD, 4 GB of memory. Half an
+# kernel and Python by apt and numpy, sympy, pytest and hypothesis by pip; 2 GB in BUILD, 4 GB of memory. An
 # hour or more. The exit code is that of the command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
