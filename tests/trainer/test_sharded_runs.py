@@ -24,7 +24,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 def small_run(folder):
-    return toy_config(folder, steps=6, episodes_per_step=6, learning_rate=1e-4)
+    return toy_config(folder, steps=4, episodes_per_step=6, learning_rate=1e-4)
 
 
 def work(rank, folder, kind):
@@ -51,14 +51,14 @@ def test_a_sharded_run_that_was_killed_gives_the_model_of_one_process_and_transf
     run = tmp_path / "run"
     variables = sharding if kind == "fsdp2" else {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
     with together(2, tmp_path / "killed", work, run, kind, environment=variables) as lives:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 200
         while len(read_metrics(run / "metrics.jsonl")) < 2:
             assert time.monotonic() < deadline, lives[0].text()
             time.sleep(0.005)
         lives[1].signal(signal.SIGKILL)
         assert ends(lives, within=30)[0] == 2
     with together(2, tmp_path / "continued", work, run, kind, environment=variables) as lives:
-        assert ends(lives, within=100) == [0, 0], lives[0].text()
+        assert ends(lives, within=200) == [0, 0], lives[0].text()
         assert "continuing after step" in lives[0].text()
     trainer = trainer_of(small_run(tmp_path / "one"))
     trainer.train()
@@ -66,4 +66,4 @@ def test_a_sharded_run_that_was_killed_gives_the_model_of_one_process_and_transf
     assert len(AutoTokenizer.from_pretrained(run / "model")) <= model.config.vocab_size
     for name, value in model.named_parameters():
         torch.testing.assert_close(value, trainer.updater.parameters[name], rtol=0, atol=1e-6, msg=name)
-    assert [row["step"] for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row] == [1, 2, 3, 4]
