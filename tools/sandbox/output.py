@@ -1,4 +1,4 @@
-"""Turns the bytes that a program wrote into text that a model can be shown.
+r"""Turns the bytes that a program wrote into text that a model can be shown.
 
 Worked example::
 
