@@ -125,6 +125,15 @@ class Waiting(Task):
         return grade_number(answer, example.answer)
 
 
+def scripts(chat: ChatFormat) -> list[list[int]]:
+    """Two turns of about ``TURN_TOKENS`` tokens: an answer, and one with a call."""
+    return [
+        list(chat.render_assistant(assistant("1 " * count, calls)))
+        for calls in ([], [ToolCall("wait", {"number": 1})])
+        for count in [(TURN_TOKENS - len(chat.render_assistant(assistant("", calls)))) // 2]
+    ]
+
+
 class Watched(Engine):
     """Notes when episodes are opened, and which are open."""
 
@@ -190,12 +199,7 @@ class ForcedEngine(Watched, LocalEngine):
 
     def __init__(self, model: Any, chat: ChatFormat, capacity: int) -> None:
         super().__init__(model, chat.stop_token_ids, chat.vocab_size, capacity)
-        calls = [ToolCall("wait", {"number": 1})]
-        self.scripts = [
-            chat.render_assistant(assistant("1 " * count, made))
-            for made in ([], calls)
-            for count in [(TURN_TOKENS - len(chat.render_assistant(assistant("", made)))) // 2]
-        ]
+        self.scripts = scripts(chat)
 
     def _forward(self, first: int, new: list[list[int]]) -> None:
         super()._forward(first, new)

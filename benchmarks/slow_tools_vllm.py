@@ -17,21 +17,19 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+
+import slow_tools
+from slow_tools import RUNNING
 
 from opd_env.engine import Completion, Engine, Request
 from opd_env.formats import ChatFormat, get_format
 from opd_env.limits import RolloutLimits
-from opd_env.messages import ToolCall, assistant, user
 from opd_env.models import load_tokenizer
 from opd_env.rollouts import rollout
-from opd_env.tasks import Example, Grade, Task, grade_number
-from opd_env.tools import tool
 from opd_env.vllm_engine import VLLMEngine
 
-RUNNING, TURN_TOKENS, TOOL_SECONDS = 64, 48, 0.5
+TOOL_SECONDS = 0.5
 
 
 class Clock:
@@ -39,18 +37,16 @@ class Clock:
 
     def __init__(self) -> None:
         self.jumped = 0.0
-        self.tool_seconds = 0.0
         self.sleeping: deque[tuple[float, threading.Event]] = deque()
         """In the order of their ends, for all sleep equally long."""
 
     def now(self) -> float:
         return time.process_time() + self.jumped
 
-    def sleep(self) -> None:
-        if self.tool_seconds:
-            awake = threading.Event()
-            self.sleeping.append((self.now() + self.tool_seconds, awake))
-            awake.wait()
+    def sleep(self, seconds: float) -> None:
+        awake = threading.Event()
+        self.sleeping.append((self.now() + seconds, awake))
+        awake.wait()
 
     def wake(self, idle: bool) -> None:
         """Ends the sleep of all that have slept enough; an idle engine has nothing to do until one has."""
@@ -60,35 +56,7 @@ class Clock:
             self.sleeping.popleft()[1].set()
 
 
-clock = Clock()
-
-
-@tool(timeout_s=600.0)
-def wait(number: int) -> int:
-    """Waits, then gives a number back.
-
-    Args:
-        number: any.
-    """
-    clock.sleep()
-    return number
-
-
-class Waiting(Task):
-    """Any number of episodes."""
-
-    name = "waiting"
-    version = "1"
-    tools = (wait,)
-
-    def __len__(self) -> int:
-        return 1 << 16
-
-    def example(self, index: int) -> Example:
-        return Example(str(index), (user(f"Number {index}?"),), str(index))
-
-    def grade(self, example: Example, answer: str | None, turns: Sequence[Any] = ()) -> Grade:
-        return grade_number(answer, example.answer)
+slow_tools.clock = clock = Clock()
 
 
 class ForcedVLLM(VLLMEngine):
@@ -97,12 +65,7 @@ class ForcedVLLM(VLLMEngine):
     def __init__(self, model: str, chat: ChatFormat) -> None:
         # No token ends a turn, so that it is as long as the script.
         super().__init__(model, (), chat.vocab_size, capacity=RUNNING, max_context=1024, enforce_eager=True)
-        calls = [ToolCall("wait", {"number": 1})]
-        self.scripts = [
-            chat.render_assistant(assistant("1 " * count, made))
-            for made in ([], calls)
-            for count in [(TURN_TOKENS - len(chat.render_assistant(assistant("", made)))) // 2]
-        ]
+        self.scripts = slow_tools.scripts(chat)
         self.saying: dict[int, list[int]] = {}
 
     def submit(self, request: Request) -> None:
@@ -123,10 +86,10 @@ class ForcedVLLM(VLLMEngine):
 
 def measure(engine: Engine, chat: ChatFormat, seconds: float, episodes: int) -> float:
     """Turns per second with a tool that takes so long."""
-    clock.tool_seconds = seconds
+    slow_tools.tool_seconds = seconds
     started, jumped = clock.now(), clock.jumped
     result = rollout(
-        Waiting(), engine, chat, indices=range(episodes), tool_workers=2 * RUNNING,
+        slow_tools.Waiting(), engine, chat, indices=range(episodes), tool_workers=2 * RUNNING,
         limits=RolloutLimits(max_turns=8, max_turn_tokens=64, max_seconds=86400.0),
     )  # fmt: skip
     if result.errors:
