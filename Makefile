@@ -43,7 +43,7 @@ $(VENV)/.tokenizers: $(VENV)/.smollm2
 
 .PHONY: test-tokenizers
 test-tokenizers: $(VENV)/.tokenizers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -rs tests/core/test_formats_real.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs tests/formats/test_real_tokenizers.py
 
 # Data and back ends of the function-calling leaderboard, without the clients of every model API that it asks for.
 $(VENV)/.bfcl: $(READY)
@@ -66,7 +66,7 @@ $(RAY)/.ready: $(READY)
 
 .PHONY: test-ray
 test-ray: $(RAY)/.ready
-	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/tools/test_ray_workers.py tests/tools/test_ray_sandbox.py
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/plugins/ray
 
 # DeepSpeed too. Its operators are compiled when they are first used, by the machine's C++ compiler.
 DEEPSPEED := $(VENV)-deepspeed
@@ -80,8 +80,8 @@ $(DEEPSPEED)/.ready: $(READY)
 
 .PHONY: test-deepspeed
 test-deepspeed: $(DEEPSPEED)/.ready
-	OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest -rs tests/trainer/test_deepspeed.py \
-	  tests/trainer/test_sharded_runs.py
+	OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest -rs tests/trainer/learn/test_deepspeed.py \
+	  tests/trainer/run/test_sharded_runs.py
 
 # verl too: it asks for older versions than the pinned ones, so it gets what its modules import on a CPU and no more.
 VERL := $(VENV)-verl
@@ -97,7 +97,7 @@ $(VERL)/.ready: $(READY)
 
 .PHONY: test-verl
 test-verl: $(VERL)/.ready
-	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest -rs tests/plugins
+	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest -rs tests/plugins/verl
 
 # Trains the packaged tokenizer, teacher and student again from their seeds: 7 min 49 s on 2 cores, set-up included.
 pretrain: $(READY)
@@ -115,7 +115,7 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.ready
-	VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 $(VLLM_VENV)/bin/python -m pytest -rs tests/core/test_vllm*.py
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 $(VLLM_VENV)/bin/python -m pytest -rs tests/engines/test_vllm*.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(RAY) $(DEEPSPEED) $(VERL) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -28,9 +28,9 @@ def measure(case: str, layers: int, chunk_size: int, divergence: str) -> dict[st
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from opd_env.models import split_model
-    from opd_env.trainer.logprobs import full_divergence
-    from opd_env.trainer.loss import mean_loss
+    from opd_env.engines.models import split_model
+    from opd_env.trainer.math.logprobs import full_divergence
+    from opd_env.trainer.math.loss import mean_loss
 
     def model(seed: int) -> LlamaForCausalLM:
         torch.manual_seed(seed)

@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx2
 
-from opd_env.http_transport import Transport
+from opd_env.engines.servers.transport import Transport
 
 TIMEOUT_S = 60.0
 

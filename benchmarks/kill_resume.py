@@ -30,10 +30,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd_env.limits import RolloutLimits
-from opd_env.models import load_model
-from opd_env.report_run import read_metrics
-from opd_env.store import load_trajectories
+from opd_env.engines.models import load_model
+from opd_env.episode.limits import RolloutLimits
+from opd_env.episode.store import load_trajectories
+from opd_env.evaluation.read_run import read_metrics
 from opd_env.trainer import OPDConfig, OPDTrainer
 
 STEPS, EPISODES = 8, 4

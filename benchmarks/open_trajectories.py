@@ -27,8 +27,8 @@ CASES = {
 SCRIPT = """
 import sys, time
 import pyarrow.parquet
-from opd_env.store import load_trajectories
-from opd_env.tally import tally
+from opd_env.episode.store import load_trajectories
+from opd_env.evaluation.counts import tally
 path = sys.argv[1]
 started = time.process_time()
 {case}
@@ -37,8 +37,8 @@ print(time.process_time() - started)
 
 
 def write(path: Path, episodes: int) -> None:
-    from opd_env.store import save_trajectories
-    from tests.core.trajectory_samples import make_trajectories
+    from opd_env.episode.store import save_trajectories
+    from tests.episode.trajectory_samples import make_trajectories
 
     save_trajectories(make_trajectories(episodes, 0.5), path)
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from opd_env.engines.models import load_tokenizer
 from opd_env.formats import FORMATS, TemplateFormat, get_format
 from opd_env.messages import ToolCall, assistant
-from opd_env.models import load_tokenizer
-from tests.core.families import FAMILIES, family_tokenizer
+from tests.formats.families import FAMILIES, family_tokenizer
 
 CALL = ToolCall("calculator", {"expression": "(12 + 7) * 3 / 100"})
 THOUGHT = "The question asks for a share. I first add both numbers, then multiply by three and divide by one hundred."

@@ -22,11 +22,12 @@ from typing import Any
 from rich.console import Console
 from slow_tools import TURN_TOKENS, PacedEngine
 
-from opd_env.limits import RolloutLimits
+from opd_env.engines.models import load_model
+from opd_env.episode.limits import RolloutLimits
+from opd_env.evaluation.read_run import read_metrics
 from opd_env.messages import assistant
-from opd_env.models import load_model
-from opd_env.report_run import read_metrics
-from opd_env.trainer import OPDConfig, OPDTrainer, loop
+from opd_env.trainer import OPDConfig, OPDTrainer
+from opd_env.trainer.run import loop
 
 
 class PacedPolicy(PacedEngine):

@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from opd_env.tools.search import BM25Index, Passage
+from opd_env.tools.builtin.search import BM25Index, Passage
 
 LOAD_BAR_S = 0.2
 QUERY_BAR_MS = 3.0
 _LOAD = """
 import bm25s, json, sys, time
 import numpy
-from opd_env.tools.search import BM25Index
+from opd_env.tools.builtin.search import BM25Index
 start = time.perf_counter()
 index = BM25Index.load(sys.argv[1])
 loaded = time.perf_counter() - start

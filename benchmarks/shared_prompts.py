@@ -13,11 +13,11 @@ import statistics
 import time
 from typing import Any
 
+from opd_env.engines.local import LocalEngine
+from opd_env.engines.models import load_model
+from opd_env.episode.limits import RolloutLimits
+from opd_env.episode.rollouts import RolloutResult, rollout
 from opd_env.formats import get_format
-from opd_env.limits import RolloutLimits
-from opd_env.local_engine import LocalEngine
-from opd_env.models import load_model
-from opd_env.rollouts import RolloutResult, rollout
 from opd_env.tasks import load_task
 
 

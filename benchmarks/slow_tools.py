@@ -38,13 +38,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd_env.engine import Completion, Engine, Request
+from opd_env.engines.base import Completion, Engine, Request
+from opd_env.engines.local import LocalEngine
+from opd_env.engines.models import load_model
+from opd_env.episode.limits import RolloutLimits
+from opd_env.episode.rollouts import rollout
 from opd_env.formats import ChatFormat, get_format
-from opd_env.limits import RolloutLimits
-from opd_env.local_engine import LocalEngine
 from opd_env.messages import ToolCall, assistant, user
-from opd_env.models import load_model
-from opd_env.rollouts import rollout
 from opd_env.tasks import Example, Grade, Task, grade_number
 from opd_env.tools import tool
 

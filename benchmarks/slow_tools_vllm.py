@@ -22,12 +22,12 @@ from dataclasses import replace
 import slow_tools
 from slow_tools import RUNNING
 
-from opd_env.engine import Completion, Engine, Request
+from opd_env.engines.base import Completion, Engine, Request
+from opd_env.engines.models import load_tokenizer
+from opd_env.engines.vllm import VLLMEngine
+from opd_env.episode.limits import RolloutLimits
+from opd_env.episode.rollouts import rollout
 from opd_env.formats import ChatFormat, get_format
-from opd_env.limits import RolloutLimits
-from opd_env.models import load_tokenizer
-from opd_env.rollouts import rollout
-from opd_env.vllm_engine import VLLMEngine
 
 TOOL_SECONDS = 0.5
 

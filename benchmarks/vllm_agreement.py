@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_env.engine import Engine
+from opd_env.engines.base import Engine
+from opd_env.engines.models import PACKAGED, load_model
+from opd_env.engines.servers.client import HttpClient
+from opd_env.engines.servers.engine import HttpEngine
+from opd_env.engines.servers.model import served_model
+from opd_env.engines.servers.scores import score_tokens
+from opd_env.episode.limits import RolloutLimits
+from opd_env.episode.rollouts import rollout
 from opd_env.formats import get_format
-from opd_env.http_client import HttpClient
-from opd_env.http_engine import HttpEngine
-from opd_env.limits import RolloutLimits
-from opd_env.models import PACKAGED, load_model
-from opd_env.rollouts import rollout
-from opd_env.server_model import served_model
-from opd_env.server_scores import score_tokens
 from opd_env.tasks import load_task
 
 Rows = list[tuple[list[int], list[int]]]
@@ -64,7 +64,7 @@ def main() -> None:
     if args.server:
         engine = HttpEngine(HttpClient([args.server]), chat.stop_token_ids, chat.vocab_size)
     else:
-        from opd_env.vllm_engine import VLLMEngine
+        from opd_env.engines.vllm import VLLMEngine
 
         name = args.model.removeprefix("packaged:")
         folder = str(PACKAGED / name) if name != args.model else name

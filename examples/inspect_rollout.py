@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_env.report_run import read_metrics
-from opd_env.store import load_trajectories
+from opd_env.episode.store import load_trajectories
+from opd_env.evaluation.read_run import read_metrics
+from opd_env.formats.base import TokenKind
 from opd_env.tasks import Task
 from opd_env.tools import Toolbox
-from opd_env.trainer.config import OPDConfig, load_config
-from opd_env.trainer.setup import make_parts
-from opd_env.trainer.teachers import LocalTeacher
-from opd_env.trajectory import TokenKind
+from opd_env.trainer.run.config import OPDConfig, load_config
+from opd_env.trainer.run.setup import make_parts
+from opd_env.trainer.teachers.base import LocalTeacher
 
 
 def main(run: Path, shown: int) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from opd_env import RolloutLimits, load_task, rollout
+from opd_env.engines.local import LocalEngine
+from opd_env.engines.models import load_model
 from opd_env.formats import get_format
-from opd_env.local_engine import LocalEngine
-from opd_env.models import load_model
 from opd_env.trainer import advantage, policy_loss
 
 STEPS, EPISODES = 10, 32

@@ -5,74 +5,86 @@ Everything here is loaded when it is first used: ``import opd_env`` imports neit
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from opd_env._gymnasium import register_with_gymnasium
+from opd_env._lazy import lazy_face
+from opd_env.episode.registration import register_with_gymnasium
 
 if TYPE_CHECKING:
-    from opd_env.env import ToolEnv
-    from opd_env.evaluation import evaluate
-    from opd_env.limits import RolloutLimits
-    from opd_env.rollouts import rollout
-    from opd_env.tasks import Example, Grade, Task, list_tasks, load_task, register_task
-    from opd_env.tools import Tool, Toolbox, ToolError, ToolErrorKind, get_tool, list_tools, register_tool, tool
-    from opd_env.trainer import OPDConfig, OPDTrainer, register_divergence
-    from opd_env.trajectory import StopReason, Trajectory
+    from opd_env.episode.env import ToolEnv as ToolEnv
+    from opd_env.episode.limits import RolloutLimits as RolloutLimits
+    from opd_env.episode.rollouts import rollout as rollout
+    from opd_env.episode.trajectory import StopReason as StopReason
+    from opd_env.episode.trajectory import Trajectory as Trajectory
+    from opd_env.evaluation.run import evaluate as evaluate
+    from opd_env.tasks import (
+        Example as Example,
+    )
+    from opd_env.tasks import (
+        Grade as Grade,
+    )
+    from opd_env.tasks import (
+        Task as Task,
+    )
+    from opd_env.tasks import (
+        list_tasks as list_tasks,
+    )
+    from opd_env.tasks import (
+        load_task as load_task,
+    )
+    from opd_env.tasks import (
+        register_task as register_task,
+    )
+    from opd_env.tools import (
+        Tool as Tool,
+    )
+    from opd_env.tools import (
+        Toolbox as Toolbox,
+    )
+    from opd_env.tools import (
+        ToolError as ToolError,
+    )
+    from opd_env.tools import (
+        ToolErrorKind as ToolErrorKind,
+    )
+    from opd_env.tools import (
+        get_tool as get_tool,
+    )
+    from opd_env.tools import (
+        list_tools as list_tools,
+    )
+    from opd_env.tools import (
+        register_tool as register_tool,
+    )
+    from opd_env.tools import (
+        tool as tool,
+    )
+    from opd_env.trainer import (
+        OPDConfig as OPDConfig,
+    )
+    from opd_env.trainer import (
+        OPDTrainer as OPDTrainer,
+    )
+    from opd_env.trainer import (
+        register_divergence as register_divergence,
+    )
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "opd_env.env": ("ToolEnv",),
-    "opd_env.evaluation": ("evaluate",),
-    "opd_env.limits": ("RolloutLimits",),
-    "opd_env.rollouts": ("rollout",),
-    "opd_env.tasks": ("Example", "Grade", "Task", "list_tasks", "load_task", "register_task"),
-    "opd_env.tools": (
-        "Tool", "Toolbox", "ToolError", "ToolErrorKind", "get_tool", "list_tools", "register_tool", "tool",
-    ),
-    "opd_env.trainer": ("OPDConfig", "OPDTrainer", "register_divergence"),
-    "opd_env.trajectory": ("StopReason", "Trajectory"),
-}  # fmt: skip
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = [
-    "Example",
-    "Grade",
-    "OPDConfig",
-    "OPDTrainer",
-    "RolloutLimits",
-    "StopReason",
-    "Task",
-    "Tool",
-    "ToolEnv",
-    "ToolError",
-    "ToolErrorKind",
-    "Toolbox",
-    "Trajectory",
-    "evaluate",
-    "get_tool",
-    "list_tasks",
-    "list_tools",
-    "load_task",
-    "register_divergence",
-    "register_task",
-    "register_tool",
-    "rollout",
-    "tool",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'opd_env' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
-
+__getattr__, __dir__, __all__ = lazy_face(
+    __name__,
+    {
+        "episode.env": ("ToolEnv",),
+        "episode.limits": ("RolloutLimits",),
+        "episode.rollouts": ("rollout",),
+        "episode.trajectory": ("StopReason", "Trajectory"),
+        "evaluation.run": ("evaluate",),
+        "tasks": ("Example", "Grade", "Task", "list_tasks", "load_task", "register_task"),
+        "tools": (
+            "Tool", "ToolError", "ToolErrorKind", "Toolbox", "get_tool", "list_tools", "register_tool", "tool",
+        ),
+        "trainer": ("OPDConfig", "OPDTrainer", "register_divergence"),
+    },
+)  # fmt: skip
 
 register_with_gymnasium()

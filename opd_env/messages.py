@@ -10,7 +10,7 @@ Worked example::
         assistant("The answer is 42."),
     ]
 
-Test it alone: ``pytest tests/core/test_formats.py``
+Test it alone: ``pytest tests/formats/test_formats.py``
 """
 
 from __future__ import annotations

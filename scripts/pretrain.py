@@ -10,7 +10,7 @@ after some 125 updates that way; with AdamW alone it had not begun after 240.
 Writes ``opd_env/packaged/{teacher,student}`` (half precision, each with its tokenizer) and ``results.json`` with
 seeds, sizes, time and the accuracy of the models as shipped.
 
-Test it alone: ``pytest tests/core/test_packaged.py``
+Test it alone: ``pytest tests/test_packaged.py``
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd_env.evaluation import EvaluationResult, evaluate
-from opd_env.expert import play_expert
+from opd_env.engines.local import LocalEngine
+from opd_env.engines.models import load_model
+from opd_env.episode.expert import play_expert
+from opd_env.evaluation.run import EvaluationResult, evaluate
 from opd_env.formats import ChatFormat, get_format
-from opd_env.local_engine import LocalEngine
-from opd_env.models import load_model
 from opd_env.tasks import Task, load_task
 from opd_env.tools import Toolbox
 from opd_env.trainer.batch import PolicyModule, Row, pack, rows_of

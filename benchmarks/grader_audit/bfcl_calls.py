@@ -18,7 +18,7 @@ from typing import Any
 
 from opd_env.messages import ToolCall
 from opd_env.tasks.bfcl import match_calls
-from opd_env.tasks.bfcl_task import BFCL
+from opd_env.tasks.function_calls.bfcl_task import BFCL
 
 CATEGORIES = (
     "simple_python", "multiple", "parallel", "parallel_multiple",

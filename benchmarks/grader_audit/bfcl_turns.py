@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 
-from opd_env.tasks.bfcl_multi_turn import CATEGORIES, BFCLMultiTurn, judge
+from opd_env.tasks.function_calls.bfcl_multi_turn import CATEGORIES, BFCLMultiTurn, judge
 from tests.tasks.bfcl_changes import changed, gold_calls, official_verdict
 
 CHANGED = 9

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_env.configuration import build, read_yaml
+from opd_env.settings.fields import build, read_yaml
 from opd_env.trainer import OPDConfig, register_divergence
 
 SHARED = Path(__file__).with_name("study.yaml")

@@ -27,16 +27,16 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.opd_plus_study.arms import REFERENCE, Arm, Kind, register_control
 from opd_env import evaluate, load_task
-from opd_env.engine import SamplingParams
-from opd_env.local_engine import LocalEngine
-from opd_env.metrics import summarise
-from opd_env.report_run import read_metrics
+from opd_env.engines.base import SamplingParams
+from opd_env.engines.local import LocalEngine
+from opd_env.episode.files import whole_or_nothing
+from opd_env.episode.trajectory import Trajectory
+from opd_env.errors import TrainingError
+from opd_env.evaluation.rates import summarise
+from opd_env.evaluation.read_run import read_metrics
 from opd_env.trainer import OPDTrainer
-from opd_env.trainer.sft import expert_trajectories, sft
-from opd_env.trainer.teachers import log_ratios
-from opd_env.trainer.update import TrainingError
-from opd_env.trajectory import Trajectory
-from opd_env.trajectory_files import whole_or_nothing
+from opd_env.trainer.run.sft import expert_trajectories, sft
+from opd_env.trainer.teachers.base import log_ratios
 
 CURVES = {
     "teacher_kl": "teacher/kl",

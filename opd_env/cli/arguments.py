@@ -1,6 +1,6 @@
 """The parser of commands without a settings file: a mistake is one sentence, like every other.
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``opd-env certify``: the exact-gradient table, for users' own divergences too.
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     from rich.console import Console
 
-    from opd_env.configuration import import_files
-    from opd_env.trainer.certify import print_certification, run_certification
+    from opd_env.settings.fields import import_files
+    from opd_env.trainer.math.certify import print_certification, run_certification
 
     import_files(options.imports)
     certification = run_certification(options.divergences or None, vocab=options.vocab, seed=options.seed)

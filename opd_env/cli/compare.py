@@ -1,6 +1,6 @@
 """``opd-env compare`` sets evaluations of the same problems against each other.
 
-Test it alone: ``pytest tests/core/test_compare.py``
+Test it alone: ``pytest tests/evaluation/test_comparison.py``
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from opd_env.compare import Comparison, Flip, Side
+    from opd_env.evaluation.comparison import Comparison, Flip, Side
 
 _CLEAR = {True: "bold", False: "dim"}
 
@@ -37,8 +37,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from opd_env.compare import compare, named_by_model, read_side
-    from opd_env.compare_page import write_comparison
+    from opd_env.evaluation.comparison import compare, named_by_model, read_side
+    from opd_env.report.comparison_page import write_comparison
 
     first, *others = named_by_model([read_side(path) for path in _paths(chosen.evaluations)])
     comparisons = [compare(first, other) for other in others]
@@ -69,7 +69,7 @@ def _paths(given: Sequence[str]) -> list[Path]:
 def _show(console: Console, comparison: Comparison, flips: int, transcripts: int) -> None:
     from rich.text import Text
 
-    from opd_env.compare_page import summary_sentence
+    from opd_env.report.comparison_page import summary_sentence
 
     console.rule(Text(f"{comparison.second.name} against {comparison.first.name}"))
     for side in (comparison.first, comparison.second):
@@ -98,7 +98,7 @@ def _table(comparison: Comparison) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from opd_env.compare_page import metric_title
+    from opd_env.report.comparison_page import metric_title
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Metric", overflow="fold")
@@ -122,7 +122,7 @@ def _show_flip(console: Console, comparison: Comparison, flip: Flip, *, whole: b
     from rich.text import Text
 
     from opd_env.cli.tables import transcript_text
-    from opd_env.transcript import shorten, visible
+    from opd_env.report.transcript import shorten, visible
 
     question = " ".join(visible(flip.question).split())
     console.print(Text.assemble(("  ", ""), (flip.example_id, "bold"), "  ", question if whole else question[:160]))

@@ -3,7 +3,7 @@
 ``opd-env doctor --format MODEL`` examines a model's chat template instead, and which formats may be chosen for it;
 ``--chat_format NAME`` examines that one. Nothing but the tokenizer is loaded.
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def _examine(model: str, name: str | None) -> tuple[list[tuple[str, str]], int]:
 
     Without a name, rows on every format that could be chosen instead follow those on the one that is found.
     """
+    from opd_env.engines.models import load_tokenizer
     from opd_env.formats import format_named, get_format
     from opd_env.formats.check import Finding, check_format, check_formats
-    from opd_env.models import load_tokenizer
 
     if name is not None:
         format_named(name)
@@ -85,8 +85,8 @@ def _examine(model: str, name: str | None) -> tuple[list[tuple[str, str]], int]:
 def _findings() -> Iterator[tuple[str, str]]:
     import torch
 
-    from opd_env.evaluation import installed_versions
-    from opd_env.models import PACKAGED
+    from opd_env.engines.models import PACKAGED
+    from opd_env.evaluation.run import installed_versions
 
     yield "versions", ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores"

@@ -1,6 +1,6 @@
 """``opd-env export`` writes an evaluation in another tool's format.
 
-Test it alone: ``pytest tests/core/test_export.py``
+Test it alone: ``pytest tests/plugins/exports/test_exports.py``
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--output", default="runs/export", help="folder to write to (runs/export)")
     chosen = parser.parse_args(list(arguments))
 
-    from opd_env.export import export_evaluation
+    from opd_env.plugins.exports import export_evaluation
 
     for path in export_evaluation(chosen.evaluation, chosen.to, chosen.output):
         print(path)

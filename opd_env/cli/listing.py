@@ -1,6 +1,6 @@
 """``opd-env tools`` and ``opd-env tasks``: what is registered, shown and tried out.
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opd_env.cli.arguments import ArgumentParser
-from opd_env.configuration import ConfigError, import_files
+from opd_env.settings.fields import ConfigError, import_files
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -34,10 +34,10 @@ def _tools(arguments: Sequence[str]) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    from opd_env.report.transcript import visible
     from opd_env.tools import get_tool, list_tools
-    from opd_env.tools.exercise import exercise_tool
     from opd_env.tools.registry import describe_tool
-    from opd_env.transcript import visible
+    from opd_env.tools.trial import exercise_tool
 
     import_files(options.imports)
     console = Console()
@@ -148,7 +148,7 @@ def _show_task(name: str, options: argparse.Namespace) -> int:
 
 def _check(train: str, test: str, options: argparse.Namespace) -> int:
     from opd_env.tasks import load_task
-    from opd_env.tasks.contamination import WORDS, overlap
+    from opd_env.tasks.data.contamination import WORDS, overlap
 
     loaded = []
     test_options = options.options if options.test_options is None else options.test_options

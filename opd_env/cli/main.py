@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a check found something wrong; 2 the request cannot be carried out; 130 stopped by Ctrl-C.
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _run(words: list[str]) -> int:
         return 0
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
-        from opd_env.tools.errors import unknown
+        from opd_env.errors import unknown
 
         return _fail(unknown("command", command, COMMANDS))
     if command in ("train", "eval", "rollout", "tasks", "doctor"):

@@ -1,6 +1,6 @@
 """Without network, the hub's client retries for a minute before it fails: notice it first.
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations

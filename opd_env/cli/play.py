@@ -1,6 +1,6 @@
 """``opd-env eval`` scores a model on tasks; ``opd-env rollout`` plays a few episodes and shows them.
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_env.cli.progress import progress_of
-from opd_env.command_line import configure
-from opd_env.configuration import ConfigError, import_files
-from opd_env.limits import RolloutLimits
+from opd_env.episode.limits import RolloutLimits
+from opd_env.plugins.ray.workers import connect_ray
+from opd_env.settings.fields import ConfigError, import_files
+from opd_env.settings.read import configure
 from opd_env.tasks import load_task
-from opd_env.tools.mcp import register_mcp_servers
-from opd_env.tools.ray_workers import connect_ray
+from opd_env.tools.mcp.tools import register_mcp_servers
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from opd_env.chat_server import ChatServer
-    from opd_env.engine import Engine
+    from opd_env.engines.base import Engine
+    from opd_env.engines.models import LoadedModel
+    from opd_env.episode.trajectory import Trajectory
+    from opd_env.evaluation.chat_server import ChatServer
     from opd_env.formats import ChatFormat
-    from opd_env.models import LoadedModel
     from opd_env.tasks import Task
-    from opd_env.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +122,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
 def _evaluate(settings: EvalSettings) -> int:
     from rich.console import Console
 
-    from opd_env.chat_server import ChatServer
-    from opd_env.engine import SamplingParams
-    from opd_env.evaluation import evaluate, results_table
+    from opd_env.engines.base import SamplingParams
+    from opd_env.evaluation.chat_server import ChatServer
+    from opd_env.evaluation.run import evaluate, results_table
 
     _register(settings)
     if not settings.task:
@@ -171,22 +171,22 @@ def _evaluate(settings: EvalSettings) -> int:
 
 def _say(console: Console, text: str, style: str = "") -> None:
     """A line that may hold what a tool, a server or a user wrote: brackets in it are no markup."""
-    from opd_env.transcript import visible
+    from opd_env.report.transcript import visible
 
     console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def cache_name(task: Task, chat: ChatFormat | None, **options: Any) -> str:
     """Name of the folder for an evaluation: readable, and another one for other settings."""
-    from opd_env.evaluation_settings import describe, fingerprint_of
+    from opd_env.evaluation.settings import describe, fingerprint_of
 
     return f"{_slug(task.name)}-{fingerprint_of(describe(task, chat, **options))[:8]}"
 
 
 def _open_any(settings: EvalSettings) -> tuple[Engine | ChatServer, ChatFormat | None, str, str]:
     """What samples, its chat format, the model's name, and the hash of its weights."""
-    from opd_env.chat_server import ChatServer
-    from opd_env.models import weights_hash
+    from opd_env.engines.models import weights_hash
+    from opd_env.evaluation.chat_server import ChatServer
 
     if settings.model.startswith(("http://", "https://")):
         if settings.chat_format is not None or settings.repair_calls:
@@ -203,9 +203,9 @@ def _open_any(settings: EvalSettings) -> tuple[Engine | ChatServer, ChatFormat |
 def _rollout(settings: RolloutSettings) -> int:
     from rich.console import Console
 
-    from opd_env.engine import SamplingParams
-    from opd_env.rollouts import rollout
-    from opd_env.store import save_trajectories
+    from opd_env.engines.base import SamplingParams
+    from opd_env.episode.rollouts import rollout
+    from opd_env.episode.store import save_trajectories
 
     _register(settings)
     task = load_task(settings.task, settings.split, **settings.task_options)
@@ -255,14 +255,14 @@ def _register(settings: PlaySettings) -> None:
 
 
 def _open(settings: PlaySettings) -> tuple[Engine, ChatFormat, LoadedModel]:
+    from opd_env.engines.local import LocalEngine
+    from opd_env.engines.models import load_model
+    from opd_env.engines.servers.client import client_of
+    from opd_env.engines.servers.engine import HttpEngine
+    from opd_env.engines.servers.probe import probe_servers, probe_vllm
+    from opd_env.engines.servers.urls import is_url
+    from opd_env.engines.vllm import VLLMEngine
     from opd_env.formats import get_format
-    from opd_env.http_client import client_of
-    from opd_env.http_engine import HttpEngine
-    from opd_env.local_engine import LocalEngine
-    from opd_env.models import load_model
-    from opd_env.server_probe import probe_servers, probe_vllm
-    from opd_env.server_urls import is_url
-    from opd_env.vllm_engine import VLLMEngine
 
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype={settings.dtype!r} is unknown; use float32, bfloat16 or float16")

@@ -5,7 +5,7 @@ Worked example::
     with progress_of("arithmetic (test)") as meter:
         evaluate(task, engine, chat, progress=meter.advance, on_finished=meter.count)
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from opd_env.trajectory import Trajectory
+    from opd_env.episode.trajectory import Trajectory
 
 
 @dataclass

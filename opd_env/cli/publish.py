@@ -1,6 +1,6 @@
 """``opd-env publish`` writes a run's model card, and uploads the trained student.
 
-Test it alone: ``pytest tests/core/test_model_card.py``
+Test it alone: ``pytest tests/report/test_model_card.py``
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
     chosen = parser.parse_args(list(arguments))
 
-    from opd_env.model_card import publish
+    from opd_env.report.model_card import publish
 
     print(publish(chosen.run, push=chosen.push, private=chosen.private))
     return 0

@@ -1,6 +1,6 @@
 """Tables that commands print.
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from opd_env.report_run import mixture_of, mixture_text
-from opd_env.trajectory import Trajectory
-from opd_env.transcript import Decode, transcript
+from opd_env.episode.trajectory import Decode, Trajectory
+from opd_env.evaluation.read_run import mixture_of, mixture_text
+from opd_env.report.transcript import transcript
 
 _METRICS = {
     "accuracy": "accuracy",

@@ -1,6 +1,6 @@
 """``opd-env train`` and ``opd-env report``.
 
-Test it alone: ``pytest tests/core/test_cli.py``
+Test it alone: ``pytest tests/cli/test_cli.py``
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ def run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from opd_env.trainer.config import load_config
+    from opd_env.trainer.run.config import load_config
 
     config = load_config(arguments)
     # torch is imported only now, so that a wrong setting is told at once
     from rich.console import Console
 
     from opd_env.cli.tables import before_after_table
-    from opd_env.headline import headline
-    from opd_env.report_run import Run
+    from opd_env.evaluation.read_run import Run
+    from opd_env.report.headline import headline
     from opd_env.trainer import OPDTrainer
-    from opd_env.trainer.heartbeat import EndedByAnother
+    from opd_env.trainer.run.heartbeat import EndedByAnother
 
     try:
         trainer = OPDTrainer(config)
@@ -48,7 +48,7 @@ def _report(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="opd-env report", description="Writes report.html of a run folder again.")
     parser.add_argument("run", help="the run folder, such as runs/demo")
     folder = parser.parse_args(list(arguments)).run
-    from opd_env.report import write_report
+    from opd_env.report.page import write_report
 
     print(write_report(folder))
     return 0

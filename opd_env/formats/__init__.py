@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from opd_env.errors import unknown
 from opd_env.formats.base import ChatFormat, Rendered
 from opd_env.formats.chat_template import CALL, ChatTemplate
 from opd_env.formats.deepseek import DeepSeekFormat, parse_deepseek
@@ -23,7 +24,6 @@ from opd_env.formats.parse import ParsedCall, ParsedTurn, Span
 from opd_env.formats.pythonic import PythonicFormat, parse_pythonic
 from opd_env.formats.template import TemplateFormat
 from opd_env.formats.tool_code import ToolCodeFormat, parse_tool_code
-from opd_env.tools.errors import unknown
 
 __all__ = [
     "FORMATS",

@@ -4,13 +4,14 @@ A format appends tokens: what the model sampled is not decoded and encoded again
 they arrive. Only where the template rewrites a conversation that goes on (``not_append_only``) is the next prompt
 rendered anew, ``render_conversation``.
 
-Test it alone: ``pytest tests/core/test_formats.py``
+Test it alone: ``pytest tests/formats/test_formats.py``
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,7 +19,30 @@ from numpy.typing import NDArray
 
 from opd_env.formats.parse import ParsedTurn
 from opd_env.messages import Message
-from opd_env.trajectory import TokenKind
+
+
+class TokenKind(IntEnum):
+    """What a token is. Text, thinking and tool calls the student sampled; all others are context."""
+
+    PROMPT = 0
+    """The opening messages and tool schemas, up to the first generation prompt."""
+    SCAFFOLD = 1
+    """What the kit appends between turns: separators, role headers, generation prompts, and what the user says after
+    the opening messages."""
+    TEXT = 2
+    """Sampled text outside calls and thinking, end-of-turn token included."""
+    THINKING = 3
+    """Sampled thinking block, its tags included."""
+    TOOL_CALL = 4
+    """Sampled tool call, its tags included; malformed ones too."""
+    TOOL_OUTPUT = 5
+    """What a tool answered."""
+    HISTORY = 6
+    """Where a new row begins: the conversation so far, as the chat template writes it now. The tokens of earlier turns
+    in it are context; as sampled they stand in the row before."""
+
+
+SAMPLED_KINDS = (TokenKind.TEXT, TokenKind.THINKING, TokenKind.TOOL_CALL)
 
 
 class Rendered(NamedTuple):

@@ -8,7 +8,7 @@ Worked example, with the template of Qwen 2.5::
     template.scaffold().before              # ('\\n<|im_start|>user\\n<tool_response>\\n',)
     template.scaffold().after               # ('\\n</tool_response><|im_end|>\\n<|im_start|>assistant\\n',)
 
-Test it alone: ``pytest tests/core/test_formats_families.py``
+Test it alone: ``pytest tests/formats/test_families.py``
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Worked example::
 ``get_format`` proves the most important property itself and refuses a tokenizer that lacks it. Here the others are
 tried on texts that are known to do harm, and on random tokens.
 
-Test it alone: ``pytest tests/core/test_formats_check.py``
+Test it alone: ``pytest tests/formats/test_check.py``
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from opd_env.formats import FORMATS, get_format
+from opd_env.formats.base import TokenKind
 from opd_env.formats.template import TemplateFormat
 from opd_env.messages import ToolCall, assistant, system, tool_message, user
-from opd_env.trajectory import TokenKind
 
 CALLS = (
     ToolCall("calculator", {"expression": "6 * 7"}),

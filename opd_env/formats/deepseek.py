@@ -12,7 +12,7 @@ V3, V3-0324 and R1-0528 write ``function<｜tool▁sep｜>name``, and the JSON i
 whichever the template writes. The published templates write calls and results but do not describe the tools: the kit
 does, at the end of the system message. They take arguments as JSON text.
 
-Test it alone: ``pytest tests/core/test_parse_all.py tests/core/test_formats_families.py``
+Test it alone: ``pytest tests/formats/test_parse_all.py tests/formats/test_families.py``
 """
 
 from __future__ import annotations

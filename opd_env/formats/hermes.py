@@ -10,7 +10,7 @@
 A call is ``<tool_call>`` JSON ``</tool_call>``. The JSON is read first, so that tags inside its strings are text. A
 closing tag without an opening one is a malformed call.
 
-Test it alone: ``pytest tests/core/test_parse.py tests/core/test_formats.py``
+Test it alone: ``pytest tests/formats/test_parse.py tests/formats/test_formats.py``
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Worked example::
     decode_json('{"a": NaN}', 0)                                # JSONProblem: NaN is not JSON
     check_call({"name": "f", "arguments": {}}, Span(0, 31), raw, "write …")     # ParsedCall(name='f', …)
 
-Test it alone: ``pytest tests/core/test_parse.py``
+Test it alone: ``pytest tests/formats/test_parse.py``
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
 A result names its call as the format numbers it, from 0 within the turn; numbers that the student makes up are read
 over.
 
-Test it alone: ``pytest tests/core/test_parse_all.py tests/core/test_formats_families.py``
+Test it alone: ``pytest tests/formats/test_parse_all.py tests/formats/test_families.py``
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ A turn that begins with an object is a call when the object has a key that calls
 After ``<|python_tag|>`` stands the same JSON, or a built-in tool as ``tool.call(query="…")``. The template writes one
 call in a turn, no text beside it, and quotes what a tool answered as a JSON string.
 
-Test it alone: ``pytest tests/core/test_parse.py tests/core/test_formats_families.py``
+Test it alone: ``pytest tests/formats/test_parse.py tests/formats/test_families.py``
 """
 
 from __future__ import annotations

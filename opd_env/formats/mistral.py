@@ -10,7 +10,7 @@
 Calls are numbered within a turn and results refer to them by that number, in the order of the calls; identifiers
 that the student makes up are read over.
 
-Test it alone: ``pytest tests/core/test_parse.py tests/core/test_formats_families.py``
+Test it alone: ``pytest tests/formats/test_parse.py tests/formats/test_families.py``
 """
 
 from __future__ import annotations

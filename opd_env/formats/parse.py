@@ -16,7 +16,7 @@ Rules of every syntax
 - Nothing is repaired unless ``repair=True``; then every repair is listed in its call (``repairs`` has the rules).
 - ``<think>`` … ``</think>`` (Mistral: ``[THINK]`` … ``[/THINK]``) is thinking; a call inside it is a thought.
 
-Test it alone: ``pytest tests/core/test_parse.py``
+Test it alone: ``pytest tests/formats/test_parse.py``
 """
 
 from __future__ import annotations

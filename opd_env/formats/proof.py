@@ -8,7 +8,7 @@ Two differences are accepted: templates that leave out or add thinking blocks wh
 (Qwen 3), and those that move the tools' description to the last question (Mistral). What ``prove`` returns names when
 that changes the next prompt.
 
-Test it alone: ``pytest tests/core/test_formats.py tests/core/test_formats_families.py``
+Test it alone: ``pytest tests/formats/test_formats.py tests/formats/test_families.py``
 """
 
 from __future__ import annotations

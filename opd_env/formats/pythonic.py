@@ -7,7 +7,7 @@ Worked example::
 
     parse_pythonic('[add(a=1, b=[2, "x"])]').calls[0].arguments      # {'a': 1, 'b': [2, 'x']}
 
-Test it alone: ``pytest tests/core/test_parse.py``
+Test it alone: ``pytest tests/formats/test_parse.py``
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ arguments as a string       the arguments are a JSON text in a JSON string
 text after the call         (Llama) text follows a call that should be the whole turn
 ==========================  ==============================================================
 
-Test it alone: ``pytest tests/core/test_parse_repairs.py``
+Test it alone: ``pytest tests/formats/test_repairs.py``
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 The JSON is read first, so that a marker inside a string is text. A section that is not closed is not finished, and
 any marker outside a section is a malformed call.
 
-Test it alone: ``pytest tests/core/test_parse_all.py``
+Test it alone: ``pytest tests/formats/test_parse_all.py``
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Families differ in how calls are written (``parser``, ``write``). What stands be
 Where ``not_append_only`` names cases, ``render_conversation`` gives the prompt that the template writes, and an episode
 goes on in a new row.
 
-Test it alone: ``pytest tests/core/test_formats.py tests/core/test_formats_families.py``
+Test it alone: ``pytest tests/formats/test_formats.py tests/formats/test_families.py``
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any, ClassVar
 
-from opd_env.formats.base import ChatFormat, Exchange, Rendered
+from opd_env.formats.base import ChatFormat, Exchange, Rendered, TokenKind
 from opd_env.formats.chat_template import ChatTemplate, Part, Refused
 from opd_env.formats.parse import ParsedTurn, Parser
 from opd_env.formats.proof import prove
 from opd_env.formats.token_text import Decoded, Piece, TokenText
 from opd_env.messages import Message, ToolCall, assistant, calls_of, system, user
-from opd_env.trajectory import TokenKind
 
 
 class TemplateFormat(ChatFormat):

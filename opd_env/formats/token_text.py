@@ -8,7 +8,7 @@ Two kinds of tokenizers are supported, told apart by how they spell bytes: byte-
 SmolLM, Mistral since 2024) and SentencePiece with byte fallback (Gemma, Llama 2, older Mistral). The second kind may
 put a space before a text; here that is done only where a whole encode of the conversation would do it.
 
-Test it alone: ``pytest tests/core/test_formats_token_text.py``
+Test it alone: ``pytest tests/formats/test_token_text.py``
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Gemma's template knows no tools. The prompt describes them, as Google's guide to
 
 A block holds one call on each line, written as in ``pythonic``.
 
-Test it alone: ``pytest tests/core/test_parse.py tests/core/test_formats_families.py``
+Test it alone: ``pytest tests/formats/test_parse.py tests/formats/test_families.py``
 """
 
 from __future__ import annotations

@@ -1,1 +1,5 @@
-"""What lets other frameworks use this one: their registries, our advantages and tools."""
+"""Bridges to other programs. Nothing of the kit needs them; each stands apart and is imported by name.
+
+``verl`` (tasks, tools and advantages inside verl), ``ray`` (tools and sandboxes on other machines), ``exports``
+(evaluations as files of inspect_ai and lm-eval).
+"""

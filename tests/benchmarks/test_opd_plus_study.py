@@ -10,7 +10,8 @@ from benchmarks.opd_plus_study import __main__ as study
 from benchmarks.opd_plus_study.analysis import OverSeeds, answers, holm, summaries
 from benchmarks.opd_plus_study.arms import ARMS, COMPARISONS, REFERENCE, arm_named, register_control
 from benchmarks.opd_plus_study.report import tables
-from opd_env.trainer import advantage, divergences
+from opd_env.trainer import advantage
+from opd_env.trainer.math import divergences
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "opd_plus_study" / "results"

@@ -8,8 +8,8 @@ from typing import Any
 
 from opd_env.messages import ToolCall
 from opd_env.tasks import Example
-from opd_env.tasks.bfcl_backends import Backends, functions_of
-from opd_env.tasks.bfcl_multi_turn import read_call
+from opd_env.tasks.function_calls.bfcl_backends import Backends, functions_of
+from opd_env.tasks.function_calls.bfcl_multi_turn import read_call
 
 Calls = list[list[ToolCall]]
 """Of every user turn."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd_env.env import ToolEnv
+from opd_env.episode.env import ToolEnv
 from opd_env.tasks import Grade, Task
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from opd_env.messages import ToolCall, assistant, calls_of, tool_message
 from opd_env.tasks import gsm8k as gsm8k_module
 from opd_env.tasks import load_task, require_trainable
+from opd_env.tasks.data.splits import split_of
 from opd_env.tasks.gsm8k import AnnotationError, annotated_conversation, score_answer
-from opd_env.tasks.splits import split_of
 from opd_env.tools import Toolbox
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "gsm8k"

@@ -16,7 +16,7 @@ from opd_env.tasks import load_task, require_trainable
 from opd_env.tasks.math500 import last_boxed, normalise
 
 pytest.importorskip("math_verify", reason="needs the extra 'math'")
-from opd_env.tasks.math_equivalence import MAX_CHARS, TIMEOUT_S, equivalent
+from opd_env.tasks.graders.equivalence import MAX_CHARS, TIMEOUT_S, equivalent
 from opd_env.tools import ToolError, ToolErrorKind
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "math500"
@@ -155,7 +155,7 @@ def test_nothing_of_it_may_be_trained_on(task):
 
 
 def test_without_math_verify_the_message_says_how_to_install_it(monkeypatch, tmp_path):
-    monkeypatch.delitem(sys.modules, "opd_env.tasks.math_equivalence")
+    monkeypatch.delitem(sys.modules, "opd_env.tasks.graders.equivalence")
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ImportError, match=r"pip install 'opd-env\[math\]'"):
         load_task("math500", "test", path=tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_env.env import ToolEnv
+from opd_env.episode.env import ToolEnv
 from opd_env.tasks import load_task, require_trainable
 from opd_env.tasks.mixture import schedule
 from opd_env.tools import Toolbox

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_env.env import ToolEnv
+from opd_env.episode.env import ToolEnv
 from opd_env.tasks import load_task
 from opd_env.tasks.multi_hop import HotpotQA
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from opd_env.tools import Tool, Toolbox, ToolErrorKind, process, tool
-from tests.tools.test_tool_process import gone
+from opd_env.tools import Tool, Toolbox, ToolErrorKind, tool
+from opd_env.tools.run import process
+from tests.tools.run.test_process import gone
 
 LIMIT = 1.0
 LATE = 0.5

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import pytest
 
-from opd_env.tools import Injected, Tool, Toolbox, ToolErrorKind, process, tool
+from opd_env.tools import Injected, Tool, Toolbox, ToolErrorKind, tool
+from opd_env.tools.run import process
 
 NO_ARGUMENTS = {"type": "object", "properties": {}}
 LATE = 0.5

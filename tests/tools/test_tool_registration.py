@@ -279,8 +279,8 @@ def entry_points(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> N
 def test_other_packages_offer_tools_and_a_broken_one_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     entry_points(
         monkeypatch,
-        ("theirs", "opd_env.tools.calculator:calculator"),
-        ("theirs_made", "opd_env.tools.search:make_search_tool"),
+        ("theirs", "opd_env.tools.builtin.calculator:calculator"),
+        ("theirs_made", "opd_env.tools.builtin.search:make_search_tool"),
         ("broken", "no_such_module_anywhere:thing"),
     )
     assert {"theirs", "theirs_made", "broken"} <= set(list_tools()), "listing imports nothing"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_env.tools import process, registry
+from opd_env.tools import registry
+from opd_env.tools.run import process
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = re.split(r"^(?=#)", (ROOT / "docs/tools.md").read_text(encoding="utf-8"), flags=re.MULTILINE)

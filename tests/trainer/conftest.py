@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd_env.trainer import divergences
+from opd_env.trainer.math import divergences
 from tests.trainer.together import launcher_environment
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from opd_env.trainer.advantages import advantage
-from opd_env.trainer.divergences import Divergence
-from opd_env.trainer.logprobs import token_logprobs
-from opd_env.trainer.loss import policy_loss
-from opd_env.trajectory import StopReason, TokenKind, Trajectory, TurnRecord
+from opd_env.episode.trajectory import StopReason, Trajectory, TurnRecord
+from opd_env.formats.base import TokenKind
+from opd_env.trainer.math.advantages import advantage
+from opd_env.trainer.math.divergences import Divergence
+from opd_env.trainer.math.logprobs import token_logprobs
+from opd_env.trainer.math.loss import policy_loss
 
 VOCABULARY = 3
 PROMPT = (1, 2)

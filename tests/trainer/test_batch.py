@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from opd_env.episode.trajectory import StopReason, Trajectory, TurnRecord
+from opd_env.formats.base import TokenKind
 from opd_env.trainer.batch import PolicyModule, Row, make_batch, num_sampled, pack
-from opd_env.trajectory import StopReason, TokenKind, Trajectory, TurnRecord
 from tests.trainer.toy import row_of
 
 VOCABULARY, PADDED = 20, 24

@@ -28,8 +28,9 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["tests.trainer.test_loop", "tests.trainer.distributed_updates", "torch.profiler._cupti_monitor", "pandas",
-     "pyarrow.parquet", "opd_env.cli.train", "opd_env.cli.tables", "opd_env.tools.calculator", "docstring_parser"]
+    ["tests.trainer.run.test_loop", "tests.trainer.learn.distributed_updates", "torch.profiler._cupti_monitor",
+     "pandas", "pyarrow.parquet", "opd_env.cli.train", "opd_env.cli.tables", "opd_env.tools.builtin.calculator",
+     "docstring_parser"]
 )  # fmt: skip
 
 

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_env.limits import RolloutLimits
+from opd_env.engines.models import LoadedModel
+from opd_env.episode.limits import RolloutLimits
+from opd_env.episode.trajectory import StopReason, Trajectory, TurnRecord
+from opd_env.formats.base import TokenKind
 from opd_env.messages import ToolCall, assistant, tool_message, user
-from opd_env.models import LoadedModel
 from opd_env.tasks import Example, Task, grade_number, register_task
 from opd_env.trainer import batch
 from opd_env.trainer.batch import Row
-from opd_env.trainer.config import OPDConfig
-from opd_env.trajectory import StopReason, TokenKind, Trajectory, TurnRecord
-from tests.core.tiny import tiny_llama, tiny_tokenizer
+from opd_env.trainer.run.config import OPDConfig
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 
 @register_task("toy_sums")

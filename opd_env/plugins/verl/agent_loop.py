@@ -16,7 +16,7 @@ other limits may be set in a file that verl's ``agent_loop_config_path`` names::
 
 An episode that fails by no fault of the student raises: verl's trainer logs that and leaves its prompt out of the step.
 
-Test it alone: ``pytest tests/plugins/test_verl_agent_loop.py`` (needs verl)
+Test it alone: ``pytest tests/plugins/verl/test_agent_loop.py`` (needs verl)
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from uuid import uuid4
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
 
-from opd_env.configuration import build
-from opd_env.engine import Completion, Request
-from opd_env.env import ToolEnv
-from opd_env.episode_play import EpisodePlay
+from opd_env.engines.base import Completion, Request
+from opd_env.episode.env import ToolEnv
+from opd_env.episode.limits import RolloutLimits
+from opd_env.episode.play import EpisodePlay
+from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import UserError
 from opd_env.formats import ChatFormat, get_format
-from opd_env.limits import RolloutLimits
+from opd_env.settings.fields import build
 from opd_env.tasks import Task, load_task
-from opd_env.trajectory import Trajectory
 
 AGENT_NAME = "opd_env"
 _THREADS = ThreadPoolExecutor(64, thread_name_prefix="opd-env-tool")

@@ -10,7 +10,7 @@ two of verl's registries:
   reference model and a score of 0 make of it. The agent loop ``opd_env`` gives that score; others need a reward
   function that returns 0.
 
-Test it alone: ``pytest tests/plugins/test_verl_estimators.py`` (needs verl)
+Test it alone: ``pytest tests/plugins/verl/test_estimators.py`` (needs verl)
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from verl.trainer.ppo.core_algos import register_adv_est
 from verl.workers.utils.padding import no_padding_2_padding
 
 from opd_env.errors import UserError
-from opd_env.trainer.advantages import advantage
-from opd_env.trainer.divergences import list_divergences
-from opd_env.trainer.modes import Mode
+from opd_env.trainer.math.advantages import advantage
+from opd_env.trainer.math.divergences import list_divergences
+from opd_env.trainer.math.modes import Mode
 
 
 def estimator(divergence: str, mode: str) -> Callable[..., tuple[Tensor, Tensor]]:

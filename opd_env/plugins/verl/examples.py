@@ -8,7 +8,7 @@ Worked example::
 With ``--model`` the longest prompt is counted, tools included: ``data.max_prompt_length`` must not be lower. verl may
 read several such files together, of several tasks.
 
-Test it alone: ``pytest tests/plugins/test_verl_examples.py`` (needs verl)
+Test it alone: ``pytest tests/plugins/verl/test_examples.py`` (needs verl)
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opd_env.command_line import configure
-from opd_env.configuration import import_files
+from opd_env.episode.files import explained, whole_or_nothing
 from opd_env.errors import UserError
 from opd_env.plugins.verl.agent_loop import AGENT_NAME
+from opd_env.settings.fields import import_files
+from opd_env.settings.read import configure
 from opd_env.tasks import Task, load_task
 from opd_env.tasks.base import require_trainable
 from opd_env.tools import Tool, Toolbox
-from opd_env.trajectory_files import explained, whole_or_nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ def example_rows(name: str, split: str = "train", options: Mapping[str, Any] | N
 
 def longest_prompt(task: Task, model: str, chat_format: str | None = None) -> int:
     """Tokens of the task's longest prompt, tools included."""
+    from opd_env.engines.models import load_tokenizer
     from opd_env.formats import get_format
-    from opd_env.models import load_tokenizer
 
     chat = get_format(load_tokenizer(model), chat_format)
 

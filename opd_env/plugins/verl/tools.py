@@ -8,7 +8,7 @@ Tools go into verl's tool configuration, for its own agent loops; each has a sta
 
 The agent loop ``opd_env`` needs none of it: a task brings its tools.
 
-Test it alone: ``pytest tests/plugins/test_verl_tools.py`` (needs verl)
+Test it alone: ``pytest tests/plugins/verl/test_tools.py`` (needs verl)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from uuid import uuid4
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 
-from opd_env.configuration import import_files
+from opd_env.settings.fields import import_files
 from opd_env.tools import Toolbox, get_tool
 
 

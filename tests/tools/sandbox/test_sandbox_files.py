@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_env.tools import Toolbox
-from opd_env.tools.python import python_tool
+from opd_env.tools.builtin.python import python_tool
 from opd_env.tools.sandbox import Limits, SandboxUnavailable, Status, open_sandbox
 from opd_env.tools.sandbox.written_files import read_folder
 

@@ -85,7 +85,7 @@ def test_other_systems_and_architectures_are_refused_with_the_reason(monkeypatch
 def test_importing_the_package_touches_no_system_calls():
     """So that other systems can import it."""
     code = (
-        "import sys, opd_env.tools.sandbox, opd_env.tools.python\n"
+        "import sys, opd_env.tools.sandbox, opd_env.tools.builtin.python\n"
         "print([name for name in sys.modules if name.endswith(('guest.linux', 'guest.zygote', 'ctypes'))])"
     )
     done = subprocess.run(

@@ -1,0 +1,220 @@
+"""Evaluates a model on a task: plays every problem, grades it, and reports numbers with their intervals.
+
+Worked example::
+
+    result = evaluate(load_task("arithmetic", "test"), engine, chat, limit=200, folder="runs/eval")
+    print(result.summary.accuracy)                  # 84.0 % [78.3, 88.4]
+    rich.print(results_table([result]))
+
+With a folder it can be killed at any time and started again: finished episodes are read back, never played
+twice, and a change of settings is refused. The folder then holds ``settings.json``, ``trajectories.parquet``,
+``results.json`` and ``results.md``.
+
+Test it alone: ``pytest tests/evaluation/test_run.py``
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from opd_env.engines.base import GREEDY, Engine, SamplingParams
+from opd_env.episode.files import JOURNAL, PARQUET, explained, whole_or_nothing
+from opd_env.episode.limits import RolloutLimits
+from opd_env.episode.rollouts import EpisodeError, rollout
+from opd_env.episode.store import TrajectoryWriter, load_trajectories
+from opd_env.episode.trajectory import Trajectory
+from opd_env.evaluation.chat_player import play_by_chat
+from opd_env.evaluation.chat_server import ChatServer
+from opd_env.evaluation.rates import Summary, summarise
+from opd_env.evaluation.settings import describe, installed_versions
+from opd_env.evaluation.tables import results_markdown, results_table
+from opd_env.formats import ChatFormat
+from opd_env.tasks import Task
+from opd_env.tools import Tool
+
+__all__ = ["EvaluationResult", "evaluate", "installed_versions", "results_markdown", "results_table"]
+
+_TRAJECTORIES = "trajectories"
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found, and everything needed to repeat it."""
+
+    summary: Summary
+    trajectories: Sequence[Trajectory]
+    """In the order of the task's examples, then of samples."""
+    settings: Mapping[str, Any]
+    """See ``opd_env.evaluation.settings.describe``; and ``problems``, how many were played."""
+    errors: Sequence[EpisodeError]
+    """Episodes that the kit failed to finish; they enter no rate, and another run plays them again."""
+    seconds: float
+    """Wall time of this run; episodes read back from an earlier one cost none."""
+
+    @property
+    def label(self) -> str:
+        """The task, its category if all problems share one, and the tools: a score with tools is always called that."""
+        tools = ", ".join(self.settings["tools"])
+        categories = [category for category in self.summary.by_category if category]
+        task = " ".join([self.settings["task"], *(categories if len(categories) == 1 else ())])
+        return f"{task} ({f'with tools: {tools}' if tools else 'no tools'})"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values: those of ``Summary.to_json``, and how they came about."""
+        return self.summary.to_json() | {
+            "label": self.label,
+            "settings": dict(self.settings),
+            "versions": installed_versions(),
+            "errors": [asdict(error) for error in self.errors],
+            "seconds": self.seconds,
+        }
+
+
+def evaluate(
+    task: Task,
+    engine: Engine | ChatServer,
+    chat: ChatFormat | None = None,
+    *,
+    model: str = "",
+    weights_hash: str = "",
+    samples: int = 1,
+    limit: int | None = None,
+    tools: Sequence[str | Tool] | None = None,
+    limits: RolloutLimits | None = None,
+    sampling: SamplingParams = GREEDY,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_finished: Callable[[Trajectory], None] | None = None,
+) -> EvaluationResult:
+    """Plays the first ``limit`` problems of ``task``, ``samples`` times each.
+
+    Args:
+        task: the problems; any split.
+        engine: samples the model's turns, idle; or a chat server, which is asked in plain text.
+        chat: the format of the model's tokenizer; a chat server has its own.
+        model: the model's name, for the results; a folder is not continued with another model.
+        weights_hash: of its weights (``opd_env.engines.models.weights_hash``), so that nor is it with another of
+            that name.
+        samples: episodes of each problem.
+        limit: problems; None takes all.
+        tools: what the model may call; by default the task's own. An empty list offers none.
+        limits: budgets of an episode.
+        sampling: greedy by default.
+        seed: of the sampling.
+        folder: where to store everything, and to continue from.
+        progress: called with finished and all episodes, as they finish.
+        on_finished: called with every episode that was played now, before ``progress``.
+
+    Raises:
+        ValueError: the settings make no sense together, or differ from those of the folder's results.
+        StoreError: the folder cannot be used.
+    """
+    if samples < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"samples={samples} and limit={limit}: both must be at least 1")
+    if samples > 1 and sampling.temperature == 0:
+        raise ValueError(f"samples={samples} of greedy decoding would all be the same; set a temperature, or samples=1")
+    play = _player(engine, chat)
+    limits = limits or RolloutLimits()
+    problems = len(task) if limit is None else min(limit, len(task))
+    index_of = {task[index].id: index for index in range(problems)}
+    if len(index_of) < problems:
+        raise ValueError(
+            f"task {task.name!r} has {len(index_of)} different ids for its first {problems} examples; results are kept "
+            "by id, so every example needs its own"
+        )
+    settings = describe(
+        task, chat, model=model, weights_hash=weights_hash, samples=samples, tools=tools, limits=limits,
+        sampling=sampling, seed=seed, server=engine.url if isinstance(engine, ChatServer) else "",
+    )  # fmt: skip
+    started = time.perf_counter()
+    finished: dict[tuple[str, int], Trajectory] = {}
+    if folder is not None:
+        _claim(Path(folder), settings)
+        finished = {(one.example_id, one.sample): one for one in _stored(Path(folder)) if one.example_id in index_of}
+    missing = [
+        (index, sample) for key, index in index_of.items() for sample in range(samples) if (key, sample) not in finished
+    ]
+    errors: list[EpisodeError] = []
+    journal = folder is not None and (Path(folder) / f"{_TRAJECTORIES}{JOURNAL}").exists()  # a kill prevented its end
+    if missing or journal:
+        with ExitStack() as stack:
+            writer = None if folder is None else stack.enter_context(TrajectoryWriter(folder, _TRAJECTORIES))
+
+            def keep(trajectory: Trajectory) -> None:
+                if writer is not None:
+                    writer.append(trajectory)
+                finished[trajectory.example_id, trajectory.sample] = trajectory
+                if on_finished is not None:
+                    on_finished(trajectory)
+                if progress is not None:
+                    progress(len(finished), problems * samples)
+
+            errors = play(
+                task, episodes=missing, tools=tools, limits=limits, sampling=sampling, seed=seed, on_finished=keep
+            )
+    trajectories = sorted(finished.values(), key=lambda one: (index_of[one.example_id], one.sample))
+    result = EvaluationResult(
+        summary=summarise(trajectories),
+        trajectories=trajectories,
+        settings=settings | {"problems": problems},
+        errors=errors,
+        seconds=time.perf_counter() - started,
+    )
+    if folder is not None:
+        _write_json(Path(folder) / "results.json", {"evaluation": result.to_json()})
+        _write(Path(folder) / "results.md", results_markdown([result]))
+    return result
+
+
+def _player(engine: Engine | ChatServer, chat: ChatFormat | None) -> Callable[..., list[EpisodeError]]:
+    if isinstance(engine, ChatServer):
+        return partial(play_by_chat, server=engine)
+    if chat is None:
+        raise ValueError("an engine needs the chat format of its model's tokenizer: chat=get_format(tokenizer)")
+    return lambda task, **options: rollout(task, engine, chat, **options).errors
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder this evaluation's own, or refuses it because it is another's."""
+    path = folder / "settings.json"
+    if not path.exists():
+        _write_json(path, settings)
+        return
+    with explained(path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        before: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); choose another folder, or remove this one") from error
+    names = [*settings, *(name for name in before if name not in settings)]
+    changes = [f"{n} was {before.get(n)!r}, now {settings.get(n)!r}" for n in names if before.get(n) != settings.get(n)]
+    if changes:
+        raise ValueError(
+            f"{folder} holds results of other settings: {'; '.join(changes)}. Choose another folder, or remove this one"
+        )
+
+
+def _stored(folder: Path) -> Sequence[Trajectory]:
+    """Episodes of earlier runs; the journal counts while there is one."""
+    for suffix in (JOURNAL, PARQUET):
+        path = folder / f"{_TRAJECTORIES}{suffix}"
+        if path.exists():
+            return load_trajectories(path)
+    return ()
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    with explained(path), whole_or_nothing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Tasks whose answers are function calls: the Berkeley leaderboard's, and the OPD+ paper's."""

@@ -1,0 +1,213 @@
+"""Teacher and student at the sampled tokens of a micro-batch: by one log-prob each, over the top k, or over all.
+
+Each comparison asks the teacher for what it needs, once per update, and gives one record per micro-batch::
+
+    comparison = make_comparison(config, teacher, divergence, vocab_size)
+    comparison.begin(trajectories)                          # the teacher reads the episodes
+    compared = comparison(batch, hidden_NH, head)
+    compared.logprobs_N, compared.teacher_logprobs_N
+    comparison.end()                                        # after the update
+
+Test it alone: ``pytest tests/trainer/learn/test_teacher_signal.py``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from opd_env.episode.trajectory import Trajectory
+from opd_env.trainer.batch import Head, MicroBatch
+from opd_env.trainer.math.divergences import Divergence
+from opd_env.trainer.math.logprobs import full_divergence, positions_per_chunk, token_logprobs
+from opd_env.trainer.math.modes import Baseline, Estimator
+from opd_env.trainer.math.topk import topk_divergence
+from opd_env.trainer.run.config import OPDConfig
+from opd_env.trainer.teachers.base import LogitsTeacher, Teacher, TopKTeacher, by_trajectory
+from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """N sampled tokens. All but ``logprobs_N`` and ``loss_N`` are detached."""
+
+    logprobs_N: Tensor
+    """The student's, with gradient."""
+    teacher_logprobs_N: Tensor
+    entropy_N: Tensor
+    """The student's, in nats."""
+    kl_N: Tensor | None = None
+    """KL(student || teacher) at the prefix, where the teacher's whole distribution is known."""
+    loss_N: Tensor | None = None
+    """The divergence over all outcomes (all tokens, or top k and tail); its gradient is the update."""
+    baseline_N: Tensor | None = None
+    """``E_p[w_f(u)]`` over the same outcomes."""
+    span_N: Tensor | None = None
+    """Tokens of the same span are one outcome, with the sum of their log-ratios; None: every token is one."""
+
+
+class SampledComparison:
+    """One log-prob of the teacher per sampled token, asked for once per step."""
+
+    def __init__(self, config: OPDConfig, teacher: Teacher, vocab_size: int) -> None:
+        self._temperature = config.temperature
+        self._teacher = teacher
+        self._chunk_size = positions_per_chunk(vocab_size)
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        """The teacher scores a step's episodes."""
+        self._teacher_N = self._teacher.score(trajectories)
+        by_trajectory(self._teacher, trajectories, self._teacher_N)  # one per sampled token, or an error
+
+    def end(self) -> None:
+        """Nothing is held."""
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
+        """Compares at a micro-batch's sampled tokens."""
+        scores = token_logprobs(
+            hidden_NH, head, batch.targets_N, temperature=self._temperature, chunk_size=self._chunk_size
+        )
+        teacher_N = self._teacher_N[batch.index_N].to(hidden_NH.device)
+        return Compared(scores.logprobs_N, teacher_N, scores.entropy_N)
+
+
+class SpanComparison(SampledComparison):
+    """One log-prob of a teacher with another tokenizer per span of sampled tokens."""
+
+    def __init__(self, config: OPDConfig, teacher: CrossTokenizerTeacher, vocab_size: int) -> None:
+        super().__init__(config, teacher, vocab_size)
+        self._spans = teacher
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        """The teacher scores a step's episodes."""
+        scores = self._spans.score_spans(trajectories)
+        self._teacher_N, self._span_N = scores.logprobs_N, scores.span_N
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
+        """Compares at a micro-batch's sampled tokens."""
+        compared = super().__call__(batch, hidden_NH, head)
+        return replace(compared, span_N=self._span_N[batch.index_N].to(hidden_NH.device))
+
+
+class TopKComparison:
+    """The teacher's k most likely tokens and a bucket for the rest, asked for once per step."""
+
+    def __init__(self, config: OPDConfig, teacher: TopKTeacher, divergence: Divergence, vocab_size: int) -> None:
+        if config.topk_tokens > vocab_size:
+            raise ValueError(f"topk_tokens={config.topk_tokens} is more than the vocabulary of {vocab_size} tokens")
+        self._config = config
+        self._teacher = teacher
+        self._divergence = divergence
+        self._chunk_size = positions_per_chunk(vocab_size)
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        """The teacher scores a step's episodes."""
+        self._top = self._teacher.score_topk(trajectories, self._config.topk_tokens)
+        by_trajectory(self._teacher, trajectories, self._top.logprobs_N)  # one per sampled token, or an error
+
+    def end(self) -> None:
+        """Nothing is held."""
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
+        """Compares at a micro-batch's sampled tokens."""
+        config, top, device = self._config, self._top, hidden_NH.device
+        scores = topk_divergence(
+            hidden_NH,
+            head,
+            top.topk_ids_NK[batch.index_N].to(device),
+            top.topk_logprobs_NK[batch.index_N].to(device),
+            self._divergence,
+            config.mode,
+            token_ids_N=batch.targets_N,
+            temperature=config.temperature,
+            clip_log_ratio=config.clip_log_ratio,
+            chunk_size=self._chunk_size,
+        )
+        if scores.logprobs_N is None:
+            raise TypeError("topk_divergence gave no scores of the sampled tokens")
+        return Compared(
+            scores.logprobs_N,
+            top.logprobs_N[batch.index_N].to(device),
+            scores.entropy_N,
+            loss_N=scores.loss_N,
+            baseline_N=scores.baseline_N,
+        )
+
+
+class FullComparison:
+    """The whole vocabulary: the teacher's hidden states of a step are kept, its logits made beside the student's."""
+
+    def __init__(self, config: OPDConfig, teacher: LogitsTeacher, divergence: Divergence, vocab_size: int) -> None:
+        self._config = config
+        self._teacher = teacher
+        self._divergence = divergence
+        self._chunk_size = positions_per_chunk(vocab_size)
+        self._open = ExitStack()
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        """The teacher reads a step's episodes; its head stays at hand until ``end``."""
+        self.end()
+        self._hidden_NH = self._teacher.hidden(self._teacher.rows(trajectories))
+        self._head = self._open.enter_context(self._teacher.head())
+
+    def end(self) -> None:
+        """Lets the teacher's head go."""
+        self._open.close()
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
+        """Compares at a micro-batch's sampled tokens."""
+        config = self._config
+        scores = full_divergence(
+            hidden_NH,
+            head,
+            self._hidden_NH[batch.index_N].to(hidden_NH.device),
+            self._head,
+            self._divergence,
+            config.mode,
+            token_ids_N=batch.targets_N,
+            temperature=config.temperature,
+            clip_log_ratio=config.clip_log_ratio,
+            chunk_size=self._chunk_size,
+        )
+        if scores.logprobs_N is None or scores.log_ratio_N is None:
+            raise TypeError("full_divergence gave no scores of the sampled tokens")
+        return Compared(
+            scores.logprobs_N,
+            scores.logprobs_N.detach() + scores.log_ratio_N,
+            scores.entropy_N,
+            scores.teacher_kl_N,
+            scores.loss_N,
+            scores.baseline_N,
+        )
+
+
+Comparison = SampledComparison | TopKComparison | FullComparison
+
+
+def make_comparison(config: OPDConfig, teacher: Teacher, divergence: Divergence, vocab_size: int) -> Comparison:
+    """The cheapest comparison that gives what the estimator and the baseline need.
+
+    Raises:
+        ValueError: the teacher cannot give it.
+    """
+    if isinstance(teacher, CrossTokenizerTeacher):
+        return SpanComparison(config, teacher, vocab_size)
+    if config.estimator is Estimator.SAMPLED and config.baseline is Baseline.NONE:
+        return SampledComparison(config, teacher, vocab_size)
+    if isinstance(teacher, LogitsTeacher) and config.estimator is not Estimator.TOPK:
+        return FullComparison(config, teacher, divergence, vocab_size)
+    if isinstance(teacher, TopKTeacher) and config.estimator is not Estimator.FULL:
+        return TopKComparison(config, teacher, divergence, vocab_size)
+    if config.estimator is Estimator.FULL:
+        raise ValueError(
+            f"estimator=full needs a teacher in this process, {teacher.name} does not give its logits; set "
+            "estimator=sampled, or estimator=topk if it gives its most likely tokens"
+        )
+    option = "estimator=topk" if config.estimator is Estimator.TOPK else "baseline=value"
+    raise ValueError(
+        f"{option} needs a teacher that gives its most likely tokens, {teacher.name} gives one log-prob per token; "
+        "set estimator=sampled and baseline=none"
+    )

@@ -1,0 +1,152 @@
+"""What to watch while a student learns, by grouped names, one JSON line per step.
+
+Worked example::
+
+    log = MetricsLog(run / "metrics.jsonl")
+    log.write({"step": 1, **rollout_metrics(trajectories), **teacher_metrics(trajectories, tokens)})
+
+``teacher/kl`` is KL(student || teacher) on the student's own tokens, whatever divergence is trained: it must
+fall. Rates without a case (no tool call at all) are left out of a line rather than invented.
+
+Test it alone: ``pytest tests/trainer/run/test_metrics.py``
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from opd_env.episode.files import explained, whole_or_nothing
+from opd_env.episode.trajectory import StopReason, Trajectory
+from opd_env.evaluation.rates import NEEDS_TOOL, NOT_JUDGED, PARSE_ERRORS
+from opd_env.evaluation.read_run import read_metrics
+from opd_env.formats.base import TokenKind
+from opd_env.trainer.learn.objective import TokenValues
+from opd_env.trainer.math.advantages import clip_fraction
+from opd_env.trainer.math.loss import loss_statistics
+from opd_env.trainer.run.config import OPDConfig
+
+_KINDS = {"text": TokenKind.TEXT, "thinking": TokenKind.THINKING, "tool_call": TokenKind.TOOL_CALL}
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """How the student acts: a mean over episodes, turns or calls each; and how long the episodes took."""
+    calls = [call for trajectory in trajectories for call in trajectory.calls]
+    judged = [call for call in calls if call.error not in NOT_JUDGED]
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    no_tool_needed = [one for one in trajectories if one.scores.get(NEEDS_TOOL) == 0]
+    means: dict[str, Iterable[float]] = {
+        "accuracy": (one.correct for one in trajectories),
+        "tool_call_validity": (call.error is None for call in judged),
+        "malformed_rate": (call.error in PARSE_ERRORS for call in judged),
+        "tool_error_rate": (call.error is not None and call.error not in PARSE_ERRORS for call in judged),
+        "over_call_rate": (bool(one.calls) for one in no_tool_needed),
+        "calls": (len(one.calls) for one in trajectories),
+        "turns": (len(one.turns) for one in trajectories),
+        "response_length": (one.num_sampled for one in trajectories),
+        "truncated_fraction": (not one.stop_reason.terminated for one in trajectories),
+        "time_limit_fraction": (one.stop_reason is StopReason.TIME for one in trajectories),
+        "end_of_turn_rate": (not turn.truncated for turn in turns),
+        "drift": (one.drift for one in trajectories),
+        "rows_per_trajectory": (len(one.row_starts) for one in trajectories),
+    }
+    found = {f"rollout/{name}": _mean(values) for name, values in means.items()}
+    if trajectories:
+        for name, share in (("p50", 0.5), ("p95", 0.95), ("max", 1.0)):
+            found[f"rollout/episode_seconds_{name}"] = float(np.quantile([one.seconds for one in trajectories], share))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def teacher_metrics(trajectories: Sequence[Trajectory], tokens: TokenValues) -> dict[str, float]:
+    """KL to the teacher over all sampled tokens, by turn, by kind of token and by quarter of the episode."""
+    kl_N = tokens.kl_N.double().numpy()
+    turn_N = _per_token([one.turn[one.sampled] for one in trajectories])
+    kind_N = _per_token([one.kind[one.sampled] for one in trajectories])
+    quarter_N = _per_token([4 * np.arange(one.num_sampled) // max(1, one.num_sampled) for one in trajectories])
+    groups = {"kl": np.ones(len(kl_N), dtype=np.bool_)}
+    groups |= {f"kl_turn_{turn}": turn_N == turn for turn in sorted(set(turn_N.tolist()))}
+    groups |= {f"kl_{name}": kind_N == kind for name, kind in _KINDS.items()}
+    groups |= {f"kl_quarter_{quarter + 1}": quarter_N == quarter for quarter in range(4)}
+    return {f"teacher/{name}": float(kl_N[mask].mean()) for name, mask in groups.items() if mask.any()}
+
+
+def token_metrics(tokens: TokenValues, first: TokenValues | None, config: OPDConfig) -> dict[str, float]:
+    """Entropy, advantages, mean weight, importance ratios, and how far sampler and trainer disagree.
+
+    Args:
+        tokens: of all updates of a step.
+        first: of its first update, for the log-prob gap; None when the student was not the one that sampled any more.
+        config: the bounds in use.
+    """
+    everything = torch.ones_like(tokens.logprobs_N, dtype=torch.bool)
+    statistics = loss_statistics(
+        tokens.logprobs_N,
+        tokens.behaviour_logprobs_N,
+        tokens.advantages_N,
+        everything,
+        clip_ratio=config.clip_ratio,
+        truncate_weight=config.truncate_weight,
+    )
+    bound = config.clip_log_ratio
+    gaps = {}
+    if first is not None:
+        gap_N = (first.logprobs_N - first.behaviour_logprobs_N).abs()
+        gaps = {"train/logprob_gap": float(gap_N.mean()), "train/logprob_gap_max": float(gap_N.max())}
+    return {
+        "train/entropy": float(tokens.entropy_N.mean()),
+        "train/max_abs_advantage": statistics.advantage_max_abs,
+        "train/mean_advantage": statistics.advantage_mean,
+        "train/token_weight": float(tokens.weights_N.mean()),
+        "train/clip_fraction": 0.0 if bound is None else clip_fraction(tokens.log_ratio_N, everything, bound),
+        "train/ratio_bounded_fraction": statistics.ratio_bounded_fraction,
+        "train/ratio_p99": statistics.ratio_p99,
+        "train/ratio_log_mean": statistics.ratio_log_mean,
+        "train/ratio_log_max": statistics.logprob_gap_max,
+        "train/ratio_sample_size": statistics.ratio_sample_size,
+        **gaps,
+    }
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one object per step, on disk when ``write`` returns.
+
+    Args:
+        path: continued if it exists.
+        last_step: lines of later steps are dropped (a run that continues from a checkpoint writes them again);
+            so is a last line that a kill cut short.
+    """
+
+    def __init__(self, path: str | Path, last_step: int = 0) -> None:
+        self.path = Path(path)
+        lines = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= last_step]
+        with explained(self.path), whole_or_nothing(self.path) as unfinished:
+            unfinished.write_text("".join(lines), encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one step; numbers that are not finite become null, which every JSON reader knows."""
+        values = {name: _json(value) for name, value in row.items()}
+        with explained(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else None
+
+
+def _per_token(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
