@@ -135,7 +135,7 @@ print('ESCAPED' if found else 'nothing', found)
         """
 for folder in ('/tmp', '/var/tmp', '/dev/shm', '/root', '/run', '/home', '/', '/etc', '/usr/local', FOLDER, WRITABLE):
     try:
-        open(folder + '/opd-env-attack', 'w').write('x')
+        open(folder + '/@MARK@', 'w').write('x')
     except OSError:
         pass
 print('done')
@@ -217,6 +217,7 @@ for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET, socket.SOCK_STREAM):
         """
 def listen():
     listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(('0.0.0.0', FREE_PORT))
     listener.listen()
 attempt('listen', listen)

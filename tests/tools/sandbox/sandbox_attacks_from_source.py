@@ -289,7 +289,7 @@ attempt('sysv', lambda: kernel((29, 194), 77, 4096, 0o1666))
 attempt('queue', lambda: kernel((240, 180), b'/left', 0o102, 0o600, 0))
 attempt('memory file', lambda: os.memfd_create('left'))
 for path in ('/dev/shm', '/dev', '/dev/mqueue', '/run', '/var/tmp', '/proc/self'):
-    attempt(path, lambda: open(path + '/opd-env-attack', 'w'))
+    attempt(path, lambda: open(path + '/@MARK@', 'w'))
 shared = mmap.mmap(os.open('/dev/zero', os.O_RDWR), 4096)
 shared[:4] = b'left'
 private = mmap.mmap(-1, 4096, flags=mmap.MAP_SHARED)

@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sandbox_attacks import ATTACKS, PRELUDE, Attack
@@ -42,15 +44,19 @@ class Harness:
         self.sandbox = self._stack.enter_context(KernelSandbox(level, slots=1))
         self.canaries = self._stack.enter_context(Canaries(NOBODY))
         user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+        self._mark = f"opd-env-attack-{secrets.token_hex(8)}"
         self.victim = subprocess.Popen(["/bin/sleep", "3600"], start_new_session=True, **user)
         self._stack.callback(self.victim.wait)
         self._stack.callback(self.victim.kill)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.free_port = free.getsockname()[1]
+        # Bound and kept, so that no other process is given it; an attack that asks for it anyway can have it.
+        reserved = self._stack.enter_context(socket.socket())
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        self.free_port = reserved.getsockname()[1]
         self._health()
         self._victim_before = self._victim_state()
-        self._descendants_before = settled(lambda: len(descendants(os.getpid())))
+        self._processes = Processes(self.sandbox)
+        self._processes_before = settled(lambda: len(self._processes()))
 
     def close(self) -> None:
         self._stack.close()
@@ -87,7 +93,7 @@ class Harness:
             list(AUDIT_ARCH).index(platform.machine()),
         )  # fmt: skip
         text = PRELUDE.replace("@FACTS@", repr(facts)) + code if prelude else code
-        return text.replace("@DIGEST@", _DIGEST)
+        return text.replace("@DIGEST@", _DIGEST).replace("@MARK@", self._mark)
 
     def _traces(self, result: ExecResult) -> list[str]:
         problems = [f"canary touched: {what}" for what in self.canaries.touched()]
@@ -108,7 +114,7 @@ class Harness:
             if probe.connect_ex(("127.0.0.1", self.free_port)) == 0:
                 problems.append("a port was opened")
         for folder in ("/tmp", "/var/tmp", "/dev/shm", "/run", "/", os.path.expanduser("~")):
-            if os.path.lexists(f"{folder}/opd-env-attack"):
+            if os.path.lexists(f"{folder}/{self._mark}"):
                 problems.append(f"a file was made in {folder}")
         return problems
 
@@ -128,38 +134,68 @@ class Harness:
             result = session.run("6 * 7")
             if (result.status, result.output) != (Status.OK, "42\n"):
                 problems.append(f"afterwards a session gave {result}")
-        if hasattr(self, "_descendants_before"):
-            deadline = time.monotonic() + 3
-            while len(left := descendants(os.getpid())) > self._descendants_before:
-                if time.monotonic() > deadline:
-                    problems.append(f"processes left over: {left}")
-                    break
-                time.sleep(0.02)
+        if hasattr(self, "_processes_before") and not eventually(
+            lambda: len(self._processes()) <= self._processes_before
+        ):
+            problems.append(f"processes left over: {self._processes()}")
         return problems
 
 
-def descendants(ancestor: int) -> list[str]:
-    """Names of all processes below one."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                with open(f"{entry.path}/stat") as stat:
-                    text = stat.read()
-                names[int(entry.name)] = text[text.index("(") : text.rindex(")") + 1]
-                parents[int(entry.name)] = int(text.rsplit(")", 1)[1].split()[1])
-    found = []
-    for process in parents:
-        above = process
-        while above in parents and above != ancestor:
-            above = parents[above]
-        if above == ancestor and process != ancestor:
-            found.append(f"{process} {names[process]}")
+class Processes:
+    """The living processes and zombies of one sandbox, wherever they have gone.
+
+    Those below its zygotes, and those of their sessions: a process keeps its session when its parent dies. Nothing
+    that another sandbox, another test or the rest of the machine does is counted. Reading /proc takes a moment, so
+    numbers are right when they stand still: compare them by ``eventually``.
+    """
+
+    def __init__(self, sandbox: KernelSandbox) -> None:
+        self._sandbox = sandbox
+        self._sessions: set[int] = set()
+
+    def __call__(self) -> dict[int, str]:
+        """Name and state by process number."""
+        pool = self._sandbox._pool
+        self._sessions |= {zygote._process.pid for zygote in list(pool._zygotes.values())}
+        machine: dict[int, tuple[str, int, int]] = {}
+        for entry in os.scandir("/proc"):
+            with contextlib.suppress(OSError, ValueError), open(f"/proc/{int(entry.name)}/stat") as stat:
+                name, rest = stat.read().rsplit(")", 1)
+                state, parent, _, session = rest.split()[:4]
+                machine[int(entry.name)] = (f"{name.split('(', 1)[1]} {state}", int(parent), int(session))
+        found: dict[int, str] = {}
+        while True:
+            new = {
+                process: name
+                for process, (name, parent, session) in machine.items()
+                if process not in found and (session in self._sessions or parent in found)
+            }
+            if not new:
+                return found
+            found |= new
+            self._sessions |= {machine[process][2] for process in new}
+
+
+def descriptors() -> set[str]:
+    """What this process holds open, with the number of each."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            found.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
     return found
 
 
-def settled(measure):
+def eventually(condition: Callable[[], object], seconds: float = 30.0) -> bool:
+    """Whether it becomes true: at once on a quiet machine, and on a busy one there is time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def settled(measure: Callable[[], int]) -> int:
     """What is measured, once it has stayed the same for a fifth of a second: a slot forks ahead."""
     value, since = measure(), time.monotonic()
     while time.monotonic() - since < 0.2:

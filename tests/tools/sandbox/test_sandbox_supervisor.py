@@ -10,15 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sandbox_harness import descendants, settled
+from sandbox_harness import Processes, descriptors, eventually, settled
 
 from opd_env.tools.sandbox import Limits, SandboxUnavailable, SessionEnded, Status, open_sandbox
+from opd_env.tools.sandbox.kernel_sandbox import KernelSandbox
 from opd_env.tools.sandbox.turnstile import Turnstile
 
 ROOT = Path(__file__).parents[3]
@@ -33,13 +35,12 @@ def sandbox(request):
         pytest.skip(error.reason)
 
 
-def eventually(condition, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+@pytest.fixture
+def alone(sandbox):
+    """One that no other test uses: nothing of an earlier test runs, or is still dying, in what is counted."""
+    with KernelSandbox(sandbox.level, slots=1) as alone:
+        alone.run("1")
+        yield alone
 
 
 def test_threads_share_it_and_every_answer_goes_to_its_question(sandbox):
@@ -59,20 +60,21 @@ def test_tasks_share_it_and_do_not_hold_the_event_loop(sandbox):
                 ticks += 1
 
         ticker = asyncio.create_task(tick())
-        results = await asyncio.gather(*(sandbox.arun(f"import time; time.sleep(0.05); print({n})") for n in range(8)))
+        results = await asyncio.gather(*(sandbox.arun(f"import time; time.sleep(0.1); print({n})") for n in range(8)))
         ticker.cancel()
         return ticks, [result.output for result in results]
 
     ticks, outputs = asyncio.run(both())
     assert outputs == [f"{n}\n" for n in range(8)]
-    assert ticks >= 5
+    assert ticks >= 3  # of about 40; if the loop is held, there is one
 
 
 def test_waiting_for_a_slot_does_not_count_as_running(sandbox):
-    code = "import time; time.sleep(0.3)"
-    with ThreadPoolExecutor(6) as threads:
-        results = list(threads.map(lambda _: sandbox.run(code, limits=Limits(wall_s=0.8)), range(6)))
-    assert [result.status for result in results] == [Status.OK] * 6
+    with ThreadPoolExecutor(3) as threads:
+        both_slots = [threads.submit(sandbox.run, "import time; time.sleep(1.5)") for _ in range(2)]
+        time.sleep(0.2)
+        waits = threads.submit(sandbox.run, "print(1)", limits=Limits(wall_s=1.0))
+        assert [call.result().status for call in [*both_slots, waits]] == [Status.OK] * 3
 
 
 def test_a_dead_slot_is_replaced(sandbox):
@@ -90,61 +92,70 @@ def test_a_dead_zygote_is_replaced(sandbox):
     sandbox.run("print(1)")
     for zygote in sandbox._pool._zygotes.values():
         zygote._process.kill()
-    time.sleep(0.1)
+        zygote._process.wait()
     assert sandbox.run("print(2)").output == "2\n"
     with sandbox.session() as session:
         assert session.run("3").output == "3\n"
 
 
 def test_a_slot_that_hangs_is_killed_and_the_call_is_tried_again(sandbox, monkeypatch):
-    monkeypatch.setattr("opd_env.tools.sandbox.kernel_slot.GRACE_S", 0.2)
+    monkeypatch.setattr("opd_env.tools.sandbox.kernel_slot.GRACE_S", 1.0)
     sandbox.run("print(1)")
     for slots in sandbox._pool._idle.values():
         for slot in slots:
             signal.pidfd_send_signal(slot._handle, signal.SIGSTOP)
-    assert sandbox.run("print(2)", limits=Limits(wall_s=0.3)).status is Status.OK
+    assert sandbox.run("print(2)", limits=Limits(wall_s=1.0)).status is Status.OK
 
 
-def test_a_worn_slot_is_replaced(sandbox, monkeypatch):
+def test_a_worn_slot_is_replaced(alone, monkeypatch):
     monkeypatch.setattr("opd_env.tools.sandbox.pool._CALLS_PER_SLOT", 1)
-    before = settled(lambda: len(descendants(os.getpid())))
+    processes = Processes(alone)
+    before = settled(lambda: len(processes()))
     for n in range(5):
-        assert sandbox.run(f"print({n})").output == f"{n}\n"
-    assert eventually(lambda: len(descendants(os.getpid())) <= before)
+        assert alone.run(f"print({n})").output == f"{n}\n"
+    assert eventually(lambda: len(processes()) <= before), processes()
 
 
-def test_nothing_grows_over_many_calls(sandbox):
+def test_nothing_grows_over_many_calls(alone):
     """A short soak; the long one is ``python benchmarks/sandbox.py --soak 10000``."""
-
-    def measure():
-        own = Path("/proc/self/statm").read_text().split()[1]
-        processes = settled(lambda: len(descendants(os.getpid())))
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), processes, int(own)
-
     codes = ["print(1)", "1/0", "import os; os._exit(3)", "open('x', 'w').write('y' * 1000)", "print('z' * 5000)"]
-    for n in range(20):
-        sandbox.run(codes[n % len(codes)])
-    before = measure()
-    for n in range(125):
-        assert sandbox.run(codes[n % len(codes)]).status in (Status.OK, Status.ERROR)
-    for _ in range(10):
-        with sandbox.session() as session:
-            session.run("x = [1] * 1000")
-    after = measure()
-    assert after[:2] == before[:2]
-    assert eventually(lambda: len(descendants(os.getpid())) <= before[2])
-    assert after[3] - before[3] < 2000  # pages
+
+    def use(calls):
+        for n in range(calls):
+            assert alone.run(codes[n % len(codes)]).status in (Status.OK, Status.ERROR)
+        for _ in range(10):
+            with alone.session() as session:
+                session.run("x = [1] * 1000")
+
+    use(20)
+    processes, open_before, threads = Processes(alone), descriptors(), set(threading.enumerate())
+    count = settled(lambda: len(processes()))
+    tracemalloc.start()
+    try:
+        use(5)  # what is kept for good
+        bytes_before = tracemalloc.get_traced_memory()[0]
+        use(125)
+        grown = tracemalloc.get_traced_memory()[0] - bytes_before
+    finally:
+        tracemalloc.stop()
+    assert grown < 500_000  # 4 kB a call
+    assert eventually(lambda: len(descriptors()) <= len(open_before)), descriptors() - open_before
+    assert eventually(lambda: set(threading.enumerate()) <= threads), threading.enumerate()
+    assert eventually(lambda: len(processes()) <= count), processes()
 
 
 def test_a_closed_sandbox_refuses_and_has_left_nothing(sandbox):
-    before = settled(lambda: (len(descendants(os.getpid())), len(os.listdir("/proc/self/fd"))))
+    before = descriptors()
     other = open_sandbox(sandbox.level, slots=1)
     session = other.session()
     session.run("1")
     other.run("import numpy")
+    processes = Processes(other)
+    assert len(processes()) >= 4  # two zygotes and two slots, and what these have forked
     other.close()
     other.close()
-    assert settled(lambda: (len(descendants(os.getpid())), len(os.listdir("/proc/self/fd")))) == before
+    assert eventually(lambda: not processes()), processes()
+    assert eventually(lambda: descriptors() <= before), descriptors() - before
     with pytest.raises(RuntimeError, match="closed"):
         other.run("1")
     with pytest.raises((RuntimeError, SessionEnded)):
@@ -152,8 +163,8 @@ def test_a_closed_sandbox_refuses_and_has_left_nothing(sandbox):
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 3, 4, 6])
-def test_a_trainer_without_descriptors_is_told_so_and_loses_nothing(sandbox, room):
-    before = len(os.listdir("/proc/self/fd"))
+def test_a_trainer_without_descriptors_is_told_so_and_loses_nothing(alone, room):
+    before = len(descriptors())
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as held:
         held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, old)
@@ -162,44 +173,46 @@ def test_a_trainer_without_descriptors_is_told_so_and_loses_nothing(sandbox, roo
             while True:
                 held.callback(os.close, last := os.open("/dev/null", os.O_RDONLY))
         resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1 + room, old[1]))
-        result = sandbox.run("print(1)")
-        with sandbox.session() as session:
+        result = alone.run("print(1)")
+        with alone.session() as session:
             cell = session.run("print(1)")
     for answer in (result, cell):
         said = "1\n" if answer.ok else "ulimit -n"
         assert answer.ok or answer.status is Status.SANDBOX_ERROR
         assert said in answer.output
     assert room or not result.ok
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert sandbox.run("print(2)").output == "2\n"
+    assert eventually(lambda: len(descriptors()) <= before), descriptors()
+    assert alone.run("print(2)").output == "2\n"
 
 
 def test_closing_ends_what_runs(sandbox):
-    other = open_sandbox(sandbox.level, slots=2)
+    other = KernelSandbox(sandbox.level, slots=2, limits=Limits(wall_s=200, cpu_s=200))
     session = other.session()
+    session.run("1")
     with ThreadPoolExecutor(4) as threads:
         cell = threads.submit(session.run, "while True: pass")
+        assert eventually(lambda: other._turnstile._free == 1)
         calls = [threads.submit(other.run, "while True: pass") for _ in range(3)]
-        time.sleep(0.3)
-        start = time.monotonic()
+        assert eventually(lambda: len(other._turnstile._waiting) == 2)
+        time.sleep(0.2)  # so that they run, and do not only begin to
         other.close()
-        assert cell.result().status is Status.SANDBOX_ERROR
+        assert cell.result(60).status is Status.SANDBOX_ERROR
         for call in calls:
             with pytest.raises(RuntimeError, match="closed"):
-                call.result()
-        assert time.monotonic() - start < 3
+                call.result(60)
 
 
-def test_a_blocked_event_loop_does_not_lengthen_a_call(sandbox):
+def test_a_blocked_event_loop_does_not_lengthen_a_call(sandbox, monkeypatch):
+    ended, run = threading.Event(), sandbox.run
+    monkeypatch.setattr(sandbox, "run", lambda *arguments, **options: (run(*arguments, **options), ended.set())[0])
+
     async def blocked():
         call = asyncio.create_task(sandbox.arun("while True: pass", limits=Limits(wall_s=0.2)))
         await asyncio.sleep(0.05)
-        time.sleep(1.5)
+        assert ended.wait(30), "the call needs the event loop to end"
         return await call
 
-    result = asyncio.run(blocked())
-    assert result.status is Status.TIMEOUT
-    assert result.wall_ms < 1400
+    assert asyncio.run(blocked()).status is Status.TIMEOUT
 
 
 def test_a_call_that_nobody_waits_for_any_more_gives_its_place_back(sandbox):
@@ -210,7 +223,8 @@ def test_a_call_that_nobody_waits_for_any_more_gives_its_place_back(sandbox):
             call.cancel()
         return await asyncio.gather(*calls, return_exceptions=True)
 
-    assert all(isinstance(error, asyncio.CancelledError) for error in asyncio.run(cancelled()))
+    for answer in asyncio.run(cancelled()):  # on a busy machine some have ended before
+        assert isinstance(answer, asyncio.CancelledError) or answer.ok
     with ThreadPoolExecutor(2) as threads:
         assert [result.output for result in threads.map(sandbox.run, ["print(1)"] * 4)] == ["1\n"] * 4
 
@@ -263,7 +277,7 @@ def test_nothing_is_left_when_the_trainer_is_killed(level, tmp_path):
     program.write_text(f"""
 import os, sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from sandbox_harness import descendants, settled
+from sandbox_harness import Processes
 from opd_env.tools.sandbox import open_sandbox, SandboxUnavailable
 try:
     sandbox = open_sandbox({level!r}, slots=2)
@@ -274,18 +288,20 @@ session = sandbox.session()
 session.run("import threading\\ndef f():\\n  while True: pass\\nthreading.Thread(target=f).start()")
 threading.Thread(target=sandbox.run, args=("while True: pass",)).start()
 time.sleep(0.3)
-pids = [int(line.split()[0]) for line in descendants(os.getpid())]
-if os.fork() == 0:
-    time.sleep(3)   # a worker that holds copies of all descriptors
+pids = list(Processes(sandbox)())
+worker = os.fork()
+if worker == 0:
+    time.sleep(200)   # a worker that holds copies of all descriptors
     os._exit(0)
 import json
-print(json.dumps(pids), flush=True)
-time.sleep(60)
+print(json.dumps([worker, *pids]), flush=True)
+time.sleep(200)
 """)
-    files_before = set(os.listdir("/tmp"))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    files = tmp_path / "files"
+    files.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(files)}
     trainer = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True, env=environment)
-    pids = json.loads(trainer.stdout.readline())
+    worker, *pids = json.loads(trainer.stdout.readline()) or [0]
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
@@ -299,8 +315,12 @@ time.sleep(60)
         except OSError:
             return False
 
-    assert eventually(lambda: not any(alive(pid) for pid in pids), 2.5), [pid for pid in pids if alive(pid)]
-    assert not [name for name in set(os.listdir("/tmp")) - files_before if name.startswith("opd-env-")]
+    try:
+        assert eventually(lambda: not any(alive(pid) for pid in pids)), [pid for pid in pids if alive(pid)]
+        assert alive(worker)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+    assert not os.listdir(files)
 
 
 def test_the_turnstile_is_fair_and_its_queue_is_bounded():
