@@ -80,7 +80,7 @@ $(DEEPSPEED)/.ready: $(READY)
 
 .PHONY: test-deepspeed
 test-deepspeed: $(DEEPSPEED)/.ready
-	OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest -rs tests/trainer/learn/test_deepspeed.py \
+	OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest -rs tests/plugins/deepspeed \
 	  tests/trainer/run/test_sharded_runs.py
 
 # verl too: it asks for older versions than the pinned ones, so it gets what its modules import on a CPU and no more.

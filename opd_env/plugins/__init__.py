@@ -1,5 +1,5 @@
 """Bridges to other programs. Nothing of the kit needs them; each stands apart and is imported by name.
 
-``verl`` (tasks, tools and advantages inside verl), ``ray`` (tools and sandboxes on other machines), ``exports``
-(evaluations as files of inspect_ai and lm-eval).
+``verl`` (tasks, tools and advantages inside verl), ``ray`` (tools and sandboxes on other machines),
+``deepspeed`` (training under ZeRO), ``exports`` (evaluations as files of inspect_ai and lm-eval).
 """

@@ -1,7 +1,7 @@
 """Where the weights that are trained and their optimiser live: whole in every process, or shared out by FSDP2.
 
-``Updater`` computes losses; what is here takes the gradients through the processes, steps the optimiser and gives the
-weights back whole. DeepSpeed's ZeRO does the same in ``zero.py``.
+``Updater`` computes losses; a ``Parallel`` takes the gradients through the processes, steps the optimiser and gives the
+weights back whole. DeepSpeed's is in ``opd_env.plugins.deepspeed``.
 
     parallel = parallel_of(policy, accelerator, weight_decay=0.0, max_grad_norm=1.0)
     with parallel.micro_batch(last=True):
@@ -17,6 +17,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -35,19 +36,21 @@ def trained(policy: PolicyModule) -> dict[str, Tensor]:
     return {name: value for name, value in policy.model.named_parameters() if value.requires_grad}
 
 
-def adamw(policy: PolicyModule, weight_decay: float) -> torch.optim.AdamW:
-    """The optimiser of every run; the learning rate is set at each step."""
-    return torch.optim.AdamW(trained(policy).values(), lr=0.0, weight_decay=weight_decay, fused=True)
-
-
 class Parallel(ABC):
-    """One policy, its optimiser, and the processes that share them. Every process calls every method."""
+    """One policy, its AdamW, and the processes that share them. Every process calls every method.
 
-    policy: Any
-    """What computes: called as the ``PolicyModule`` is."""
-    optimizer: Any
+    Attributes:
+        policy: what computes; called as the ``PolicyModule`` is.
+        parameters: what is trained, by name; shards where the weights are shared out.
+    """
+
     parameters: dict[str, Tensor]
-    """What is trained, by name; shards where the weights are shared out."""
+
+    def __init__(self, policy: PolicyModule, accelerator: Any, weight_decay: float) -> None:
+        self._accelerator = accelerator
+        # The learning rate is set at each step.
+        adamw = torch.optim.AdamW(trained(policy).values(), lr=0.0, weight_decay=weight_decay, fused=True)
+        self.policy, self.optimizer = accelerator.prepare(policy.eval(), adamw)
 
     @abstractmethod
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -86,21 +89,18 @@ class TorchParallel(Parallel):
     """One process, DDP or FSDP2: PyTorch's own, as ``accelerate`` prepares it."""
 
     def __init__(self, policy: PolicyModule, accelerator: Any, *, weight_decay: float, max_grad_norm: float) -> None:
-        self._accelerator = accelerator
+        super().__init__(policy, accelerator, weight_decay)
         self._max_grad_norm = max_grad_norm
-        self.policy, self.optimizer = accelerator.prepare(policy.eval(), adamw(policy, weight_decay))
         self.parameters = trained(self.policy if accelerator.is_fsdp2 else policy)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """See ``Parallel``; processes exchange gradients in the last one only."""
+        # Processes exchange gradients in the last one only.
         return contextlib.nullcontext() if last else self._accelerator.no_sync(self.policy)
 
     def backward(self, loss: Tensor) -> None:
-        """See ``Parallel``."""
         self._accelerator.backward(loss)
 
     def step(self, learning_rate: float) -> float:
-        """See ``Parallel``."""
         grad_norm = float(_whole(clip_grad_norm_(self.parameters.values(), self._max_grad_norm)))
         if math.isfinite(grad_norm):
             for group in self.optimizer.param_groups:
@@ -110,20 +110,16 @@ class TorchParallel(Parallel):
         return grad_norm
 
     def discard(self) -> None:
-        """See ``Parallel``."""
         self.optimizer.zero_grad()
 
     def weight(self, name: str) -> Tensor:
-        """See ``Parallel``."""
         return _whole(self.parameters[name].detach())
 
     def moments(self, name: str) -> Moments:
-        """See ``Parallel``."""
         return {key: _whole(value) for key, value in self.optimizer.state[self.parameters[name]].items()}
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
-        """See ``Parallel``."""
         self.forget()
         for name, parameter in self.parameters.items():
             parameter.copy_(_shared_out(weights[name], parameter))
@@ -133,17 +129,17 @@ class TorchParallel(Parallel):
             }
 
     def forget(self) -> None:
-        """See ``Parallel``."""
         self.optimizer.state.clear()
 
 
 def parallel_of(policy: PolicyModule, accelerator: Any, *, weight_decay: float, max_grad_norm: float) -> Parallel:
     """What fits the settings of ``accelerate``."""
+    kind: Any = TorchParallel
     if accelerator.distributed_type == "DEEPSPEED":
-        from opd_env.trainer.learn.zero import ZeroParallel
-
-        return ZeroParallel(policy, accelerator, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-    return TorchParallel(policy, accelerator, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        # By name: plugins import the trainer, never the other way round, and this one needs DeepSpeed.
+        kind = import_module("opd_env.plugins.deepspeed").DeepSpeedParallel
+    parallel: Parallel = kind(policy, accelerator, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    return parallel
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def work(rank, folder, kind):
     if kind == "fsdp2":
         accelerator_of("fsdp2")
     else:
-        from tests.trainer.learn import deepspeed_updates
+        from tests.plugins.deepspeed import deepspeed_updates
 
         deepspeed_updates.accelerator_of(int(kind[-1]))
     models = {"student": loaded(1, "student"), "teacher": loaded(2, "teacher", spread=0.3)}

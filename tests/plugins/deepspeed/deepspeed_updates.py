@@ -1,4 +1,4 @@
-"""What ``test_deepspeed.py`` starts on several processes under DeepSpeed: the same five updates at a stage of ZeRO."""
+"""What ``test_updates.py`` starts on several processes under DeepSpeed: the same five updates at a stage of ZeRO."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from opd_env.trainer.run.checkpoint import Checkpoints
 from opd_env.trainer.run.state import restore
-from tests.trainer.learn import deepspeed_updates
-from tests.trainer.learn.deepspeed_updates import KINDS
+from tests.plugins.deepspeed import deepspeed_updates
+from tests.plugins.deepspeed.deepspeed_updates import KINDS
 from tests.trainer.learn.distributed_updates import TRAJECTORIES, train, updater_of
 from tests.trainer.together import ends, together
 

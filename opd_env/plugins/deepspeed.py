@@ -5,6 +5,8 @@ is told which micro-batch is the last; every process has as many, some perhaps w
 averaging over processes are DeepSpeed's; they are the formulas of ``TorchParallel``. Weights and moments are read and
 set whole, in float32, so that a checkpoint continues on any number of processes and under any kind of parallelism.
 
+The trainer takes it up by name (``parallel_of``) when ``accelerate`` is set up for DeepSpeed.
+
 Test it alone: ``make test-deepspeed`` (an environment of its own)
 """
 
@@ -26,16 +28,15 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from opd_env.trainer.batch import PolicyModule, Row, make_batch
-from opd_env.trainer.learn.parallel import Moments, Parallel, adamw, trained
+from opd_env.trainer.learn.parallel import Moments, Parallel, trained
 
 _SHARED = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroParallel(Parallel):
+class DeepSpeedParallel(Parallel):
     """A DeepSpeed engine, made by ``accelerate`` from the settings of its launcher."""
 
     def __init__(self, policy: PolicyModule, accelerator: Any, *, weight_decay: float, max_grad_norm: float) -> None:
-        self._accelerator = accelerator
         self.parameters = trained(policy)
         self._shapes = {name: value.shape for name, value in self.parameters.items()}  # before stage 3 empties them
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -45,38 +46,32 @@ class ZeroParallel(Parallel):
             "gradient_clipping": max_grad_norm,
             "data_types": {"grad_accum_dtype": "fp32"},
         }
-        self.policy, self.optimizer = accelerator.prepare(policy.eval(), adamw(policy, weight_decay))
+        super().__init__(policy, accelerator, weight_decay)
         if settings["zero_optimization"]["stage"] == 3:
             self._hold_head(policy)
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Any:
-        """See ``Parallel``."""
         self.policy.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """See ``Parallel``."""
         self.policy.backward(loss)
 
     def step(self, learning_rate: float) -> float:
-        """See ``Parallel``; DeepSpeed drops gradients that are not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.policy.step()
+        self.policy.step()  # drops gradients that are not finite
         return float(self.policy.get_global_grad_norm())
 
     def discard(self) -> None:
-        """See ``Parallel``; DeepSpeed does it when it finds one that is not finite."""
-        self._idle_step(float("nan"))
+        self._idle_step(float("nan"))  # DeepSpeed drops them all when it finds one that is not finite
 
     def weight(self, name: str) -> Tensor:
-        """See ``Parallel``."""
         weight: Tensor = safe_get_full_fp32_param(self.parameters[name]).view(self._shapes[name])
         return weight
 
     def moments(self, name: str) -> Moments:
-        """See ``Parallel``."""
         if not self._states:
             return {}
         parameter = self.parameters[name]
@@ -85,7 +80,6 @@ class ZeroParallel(Parallel):
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
-        """See ``Parallel``."""
         for name, parameter in self.parameters.items():
             safe_set_full_fp32_param(parameter, weights[name].to(self._accelerator.device, torch.float32))
         with torch.enable_grad():
@@ -99,7 +93,6 @@ class ZeroParallel(Parallel):
                 state["step"].copy_(one["step"])
 
     def forget(self) -> None:
-        """See ``Parallel``."""
         for state in self._states:
             for value in state.values():
                 value.zero_()
@@ -109,7 +102,7 @@ class ZeroParallel(Parallel):
         """Keeps the head whole while the policy computes.
 
         It is called once per chunk of tokens, so how often differs between processes, and each call of the module would
-        be a collective of its own.
+        be a collective.
         """
         model = policy.model
         head = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_output_embeddings()
