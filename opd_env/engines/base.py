@@ -77,6 +77,8 @@ class Completion:
     """The turn reached ``max_tokens`` without a stop token."""
     error: str | None = None
     """Why the turn could not be sampled, by no fault of the student; None when it was."""
+    seconds: float | None = None
+    """What the turn took, where the engine paused meanwhile for a busy server; None for all the time that passed."""
 
 
 class Engine(ABC):

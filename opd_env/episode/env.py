@@ -196,6 +196,10 @@ class ToolEnv(gymnasium.Env[str, str]):
         """Whether the episode's time is up."""
         return time.monotonic() >= self._deadline
 
+    def extend(self, seconds: float) -> None:
+        """Gives the episode more time, for a pause that was not the student's."""
+        self._deadline += seconds
+
     def truncate(self, reason: StopReason) -> Grade:
         """Ends the episode from outside, because a budget that the caller watches ran out."""
         _, _, _, _, info = self._end(reason, None)

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from opd_env.engines.base import Completion, Request, SamplingParams
 from opd_env.episode.env import ToolEnv
-from opd_env.episode.record import EpisodeRecorder
+from opd_env.episode.record import EpisodeRecorder, Recorder
 from opd_env.episode.trajectory import StopReason, Trajectory
 from opd_env.formats import ChatFormat, ParsedTurn
 from opd_env.tasks import Example
@@ -34,29 +35,32 @@ class EpisodePlay:
 
     Args:
         env: its task and limits are the episode's; it plays no other one meanwhile.
-        chat: the format of the student's tokenizer.
+        chat: the format of the student's tokenizer; None for a recorder that needs none.
         index: which example.
         sample: which of the episodes of this example.
         seed: the run's; this episode's random numbers follow from it, the example's id and ``sample``.
         sampling: temperature and truncation; ``env.limits.max_turn_tokens`` replaces its ``max_tokens``.
         key: names the episode in requests.
+        recorder: called with the format, the opening messages and the schemas of the tools; another than the default
+            for a student whose tokens nobody sees.
     """
 
     def __init__(
         self,
         env: ToolEnv,
-        chat: ChatFormat,
+        chat: ChatFormat | None,
         index: int,
         *,
         sample: int = 0,
         seed: int = 0,
         sampling: SamplingParams | None = None,
         key: int = 0,
+        recorder: Callable[..., Recorder] = EpisodeRecorder,
     ) -> None:
         self.env, self.key, self.sample = env, key, sample
         _, info = env.reset(options={"index": index})
         self.example: Example = info["example"]
-        self.recorder = EpisodeRecorder(chat, info["messages"], info["tools"])
+        self.recorder = recorder(chat, info["messages"], info["tools"])
         self.max_tokens = env.limits.max_tokens
         """Tokens of the whole episode. Callers may lower it before the first turn."""
         self.trajectory: Trajectory | None = None
@@ -79,7 +83,7 @@ class EpisodePlay:
         params = replace(self._params, max_tokens=min(room, self.env.limits.max_turn_tokens))
         self._asked, self.sampling = time.perf_counter(), True
         # A turn has at most max_tokens random numbers; turns of one episode must not share them.
-        return Request(self.key, self.recorder.context, params, self._seed * 1_000_003 + self._turn)
+        return self.recorder.request(self.key, params, self._seed * 1_000_003 + self._turn)
 
     def sampled(self, completion: Completion) -> ParsedTurn | None:
         """Takes the turn that was asked for: what ``env.step`` and then ``played`` are due for; None when it was cut
@@ -87,19 +91,17 @@ class EpisodePlay:
         """
         self._turn += 1
         self.sampling = False
-        parsed = self.recorder.sampled(
-            completion.token_ids,
-            completion.logprobs,
-            truncated=completion.truncated,
-            seconds=time.perf_counter() - self._asked,
-        )
+        waited = time.perf_counter() - self._asked
+        seconds = waited if completion.seconds is None else completion.seconds
+        self.env.extend(waited - seconds)
+        parsed = self.recorder.sampled(completion, seconds)
         if not completion.truncated:
             return parsed
         if self.recorder.context_length >= self.max_tokens:
             self._truncate(StopReason.EPISODE_LENGTH)
         else:
             short = len(completion.token_ids) < self.env.limits.max_turn_tokens
-            self._truncate(StopReason.TIME if self.cut and short else StopReason.TURN_LENGTH)
+            self._truncate(StopReason.TIME if self.cut and self.env.overdue() and short else StopReason.TURN_LENGTH)
         return None
 
     def played(self, parsed: ParsedTurn, info: dict[str, Any], seconds: float) -> None:

@@ -10,12 +10,14 @@ Test it alone: ``pytest tests/episode/test_rollouts.py tests/episode/test_rewrit
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from opd_env.engines.base import Completion, Request, SamplingParams
 from opd_env.episode.env import PlayedCall
 from opd_env.episode.trajectory import CallRecord, StopReason, Trajectory, TurnRecord
 from opd_env.formats import ChatFormat, ParsedTurn
@@ -24,45 +26,40 @@ from opd_env.messages import Message, tool_message, user
 from opd_env.tasks import Example, Grade
 
 
-class EpisodeRecorder:
-    """Collects the tokens and turns of one episode; ``finish`` makes the checked ``Trajectory``."""
+class Recorder(ABC):
+    """Collects the turns of one episode; ``finish`` makes the checked ``Trajectory``."""
 
-    def __init__(self, chat: ChatFormat, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> None:
-        self._ids: list[int] = chat.render_prompt(messages, tools)
-        self._chat = chat
-        self._opening = (messages, tools)
-        self._kinds: list[int] = [TokenKind.PROMPT] * len(self._ids)
-        self._turn_numbers: list[int] = [0] * len(self._ids)
-        self._logprobs: list[float] = [0.0] * len(self._ids)
-        self._turns: list[TurnRecord] = []
-        self._row_starts = [0]
-        self._rewritten = 0
+    def __init__(self) -> None:
+        self.turns: list[TurnRecord] = []
 
     @property
-    def context(self) -> list[int]:
-        """What the model reads before it samples the next token: the current row."""
-        return self._ids[self._row_starts[-1] :]
-
-    @property
+    @abstractmethod
     def context_length(self) -> int:
-        """Tokens of ``context``."""
-        return len(self._ids) - self._row_starts[-1]
+        """Tokens that the model reads before it samples the next one."""
 
-    def sampled(
-        self, ids: Sequence[int], logprobs: Sequence[float], *, truncated: bool, seconds: float = 0.0
-    ) -> ParsedTurn:
-        """Adds a turn that the student sampled; returns it parsed, with spans of tokens of the turn."""
-        turn = self._chat.parse(ids)
-        start = len(self._ids)
-        self._extend(ids, self._chat.kinds(ids, turn).tolist(), logprobs, len(self._turns) + 1)
-        self._turns.append(
-            TurnRecord(start, start + len(ids), turn.text, truncated=truncated, generate_seconds=seconds)
-        )
-        return turn
+    @abstractmethod
+    def request(self, key: int, params: SamplingParams, seed: int) -> Request:
+        """What an engine is asked for the next turn."""
+
+    @abstractmethod
+    def sampled(self, completion: Completion, seconds: float) -> ParsedTurn:
+        """Adds a turn that the student sampled; returns it parsed, with the spans that its calls have in the records."""
+
+    @abstractmethod
+    def answered(self, replies: Sequence[Message], max_tokens: int) -> bool:
+        """Adds the tool results, or what the user says next.
+
+        Returns:
+            Whether a further token then fits into ``max_tokens``; nothing is added otherwise.
+        """
+
+    @abstractmethod
+    def tokens(self) -> dict[str, Any]:
+        """The fields of ``Trajectory`` that tell of tokens."""
 
     def played(self, parsed: ParsedTurn, calls: Sequence[PlayedCall], seconds: float = 0.0) -> None:
-        """Adds what came of the last turn's calls."""
-        turn = self._turns[-1]
+        """Adds the results of the last turn's calls."""
+        turn = self.turns[-1]
         records = tuple(
             CallRecord(
                 name=call.name,
@@ -77,7 +74,72 @@ class EpisodeRecorder:
             )
             for call, played in zip(parsed.calls, calls, strict=False)  # a stop tool ends the turn's calls early
         )
-        self._turns[-1] = replace(turn, calls=records, tool_seconds=seconds)
+        self.turns[-1] = replace(turn, calls=records, tool_seconds=seconds)
+
+    def finish(
+        self,
+        example: Example,
+        grade: Grade,
+        stop_reason: StopReason,
+        answer: str | None,
+        **details: Any,
+    ) -> Trajectory:
+        """The finished episode. ``details`` are further fields of ``Trajectory``."""
+        return Trajectory(
+            example_id=example.id,
+            turns=tuple(self.turns),
+            stop_reason=stop_reason,
+            answer=answer,
+            correct=grade.correct,
+            difficulty=example.difficulty,
+            category=str(example.metadata.get("category", "")),
+            extracted=grade.extracted,
+            grade_reason=grade.reason,
+            scores=dict(grade.scores),
+            question=example.messages[-1]["content"],
+            **self.tokens(),
+            **details,
+        )
+
+
+class EpisodeRecorder(Recorder):
+    """Collects the tokens too, of a student whose tokens are known."""
+
+    def __init__(self, chat: ChatFormat, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__()
+        self._ids: list[int] = chat.render_prompt(messages, tools)
+        self._chat = chat
+        self._opening = (messages, tools)
+        self._kinds: list[int] = [TokenKind.PROMPT] * len(self._ids)
+        self._turn_numbers: list[int] = [0] * len(self._ids)
+        self._logprobs: list[float] = [0.0] * len(self._ids)
+        self._row_starts = [0]
+        self._rewritten = 0
+
+    @property
+    def context(self) -> list[int]:
+        """What the model reads before it samples the next token: the current row."""
+        return self._ids[self._row_starts[-1] :]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of ``context``."""
+        return len(self._ids) - self._row_starts[-1]
+
+    def request(self, key: int, params: SamplingParams, seed: int) -> Request:
+        """The current row, to be continued."""
+        return Request(key, self.context, params, seed)
+
+    def sampled(self, completion: Completion, seconds: float) -> ParsedTurn:
+        """Adds a turn that the student sampled; returns it parsed, with spans of tokens of the turn."""
+        ids = completion.token_ids
+        turn = self._chat.parse(ids)
+        start = len(self._ids)
+        self._extend(ids, self._chat.kinds(ids, turn).tolist(), completion.logprobs, len(self.turns) + 1)
+        self.turns.append(
+            TurnRecord(start, start + len(ids), turn.text, truncated=completion.truncated, generate_seconds=seconds)
+        )
+        return turn
 
     def answered(self, replies: Sequence[Message], max_tokens: int) -> bool:
         """Adds the tool results, or what the user says next, and the generation prompt; begins a new row for them where
@@ -87,7 +149,7 @@ class EpisodeRecorder:
             Whether a further token then fits into ``max_tokens`` of the row; nothing is added otherwise.
         """
         spoken = replies[0]["content"] if replies[0]["role"] == "user" else None
-        turns = [*self._turns[:-1], replace(self._turns[-1], user=spoken)]
+        turns = [*self.turns[:-1], replace(self.turns[-1], user=spoken)]
         ids, kinds = self._chat.replies(replies)
         added, row, rewritten = ids, self._row_starts[-1], 0
         if self._chat.not_append_only:
@@ -101,42 +163,22 @@ class EpisodeRecorder:
             return False
         if row != self._row_starts[-1]:
             self._row_starts.append(row)
-        self._turns, self._rewritten = turns, self._rewritten + rewritten
+        self.turns, self._rewritten = turns, self._rewritten + rewritten
         self._extend(added, kinds, [0.0] * len(added), len(turns))
         return True
 
-    def finish(
-        self,
-        example: Example,
-        grade: Grade,
-        stop_reason: StopReason,
-        answer: str | None,
-        **details: Any,
-    ) -> Trajectory:
-        """The finished episode. ``details`` are further fields of ``Trajectory``."""
+    def tokens(self) -> dict[str, Any]:
+        """Arrays, rows and drift."""
         kinds = np.asarray(self._kinds, dtype=np.uint8)
-        drift = self._rewritten if len(self._row_starts) > 1 else self._count_misrecorded()
-        return Trajectory(
-            example_id=example.id,
-            token_ids=np.asarray(self._ids, dtype=np.int32),
-            sampled=np.isin(kinds, SAMPLED_KINDS),
-            kind=kinds,
-            turn=np.asarray(self._turn_numbers, dtype=np.int16),
-            logprobs=np.asarray(self._logprobs, dtype=np.float32),
-            turns=tuple(self._turns),
-            stop_reason=stop_reason,
-            answer=answer,
-            correct=grade.correct,
-            difficulty=example.difficulty,
-            category=str(example.metadata.get("category", "")),
-            extracted=grade.extracted,
-            grade_reason=grade.reason,
-            scores=dict(grade.scores),
-            question=example.messages[-1]["content"],
-            row_starts=tuple(self._row_starts),
-            drift=drift,
-            **details,
-        )
+        return {
+            "token_ids": np.asarray(self._ids, dtype=np.int32),
+            "sampled": np.isin(kinds, SAMPLED_KINDS),
+            "kind": kinds,
+            "turn": np.asarray(self._turn_numbers, dtype=np.int16),
+            "logprobs": np.asarray(self._logprobs, dtype=np.float32),
+            "row_starts": tuple(self._row_starts),
+            "drift": self._rewritten if len(self._row_starts) > 1 else self._count_misrecorded(),
+        }
 
     def _rendered_anew(self, turns: Sequence[TurnRecord]) -> list[int] | None:
         """The prompt after these turns, from their records alone: what a reader of the trajectory would reconstruct."""
@@ -145,8 +187,8 @@ class EpisodeRecorder:
 
     def _count_misrecorded(self) -> int:
         """Tokens of an episode of one row that differ when it is rendered anew."""
-        whole = self._rendered_anew(self._turns[:-1])
-        last = self._ids[self._turns[-1].start :] if self._turns else []
+        whole = self._rendered_anew(self.turns[:-1])
+        last = self._ids[self.turns[-1].start :] if self.turns else []
         return 0 if whole is None else _count_rewritten(self._ids, whole + last)
 
     def _extend(self, ids: Sequence[int], kinds: Sequence[int], logprobs: Sequence[float], turn: int) -> None:

@@ -28,8 +28,9 @@ from opd_env.engines.base import Completion, Engine, SamplingParams
 from opd_env.episode.env import ToolEnv
 from opd_env.episode.limits import RolloutLimits
 from opd_env.episode.play import EpisodePlay
+from opd_env.episode.record import EpisodeRecorder, Recorder
 from opd_env.episode.trajectory import Trajectory
-from opd_env.formats import ChatFormat, ParsedTurn
+from opd_env.formats import ChatFormat, ParsedTurn, parse_hermes
 from opd_env.tasks import Task
 from opd_env.tools import Tool, Toolbox
 
@@ -74,7 +75,7 @@ class RolloutResult:
 def rollout(
     task: Task,
     engine: Engine,
-    chat: ChatFormat,
+    chat: ChatFormat | None,
     *,
     indices: Iterable[int] | None = None,
     samples: int = 1,
@@ -86,13 +87,14 @@ def rollout(
     tool_workers: int = 8,
     on_finished: Callable[[Trajectory], None] | None = None,
     cancel: threading.Event | None = None,
+    recorder: Callable[..., Recorder] = EpisodeRecorder,
 ) -> RolloutResult:
     """Plays ``samples`` episodes of every example.
 
     Args:
         task: the problems.
         engine: samples the student's turns; idle.
-        chat: the format of the student's tokenizer.
+        chat: the format of the student's tokenizer; None for a student whose tokens nobody sees.
         indices: which examples; all by default. An index that stands again gets further samples of its example.
         samples: episodes of each.
         episodes: pairs of index and sample number, instead of ``indices`` and ``samples``: for callers that share
@@ -106,6 +108,7 @@ def rollout(
         on_finished: called with every trajectory as soon as it is finished, in this thread. What it raises ends the
             rollout: a trajectory that cannot be stored is no failure of its episode.
         cancel: another thread sets it, and calls ``engine.wake``, to end the rollout.
+        recorder: see ``EpisodePlay``.
 
     Raises:
         RolloutCancelled: ``cancel`` was set.
@@ -119,7 +122,15 @@ def rollout(
     with Toolbox(task.tools if tools is None else tools) as toolbox:
         toolbox.sandbox_levels()
     return _Rollout(
-        task, engine, chat, tools, limits or RolloutLimits(), sampling or SamplingParams(), seed, on_finished
+        task,
+        engine,
+        chat,
+        tools,
+        limits or RolloutLimits(),
+        sampling or SamplingParams(),
+        seed,
+        on_finished,
+        recorder,
     ).run(
         list(episodes),
         tool_workers,
@@ -134,16 +145,17 @@ class _Rollout:
         self,
         task: Task,
         engine: Engine,
-        chat: ChatFormat,
+        chat: ChatFormat | None,
         tools: Sequence[str | Tool] | None,
         limits: RolloutLimits,
         sampling: SamplingParams,
         seed: int,
         on_finished: Callable[[Trajectory], None] | None,
+        recorder: Callable[..., Recorder],
     ) -> None:
         self.task, self.engine, self.chat, self.tools = task, engine, chat, tools
         self.limits, self.sampling, self.seed = limits, sampling, seed
-        self.on_finished = on_finished
+        self.on_finished, self.recorder = on_finished, recorder
         self.finished: dict[int, Trajectory] = {}
         self.unreported: list[Trajectory] = []
         self.errors: list[EpisodeError] = []
@@ -205,12 +217,14 @@ class _Rollout:
 
     def _open(self, key: int, job: tuple[int, int]) -> None:
         index, sample = job
+        parse = parse_hermes if self.chat is None else self.chat.parse_text
         env = (
-            self.idle_envs.pop()
-            if self.idle_envs
-            else ToolEnv(self.task, self.tools, limits=self.limits, parse=self.chat.parse_text)
+            self.idle_envs.pop() if self.idle_envs else ToolEnv(self.task, self.tools, limits=self.limits, parse=parse)
         )
-        episode = EpisodePlay(env, self.chat, index, sample=sample, seed=self.seed, sampling=self.sampling, key=key)
+        episode = EpisodePlay(
+            env, self.chat, index, sample=sample, seed=self.seed, sampling=self.sampling, key=key,
+            recorder=self.recorder,
+        )  # fmt: skip
         self.live[key] = episode
         self._guard(episode, self._go_on)
 
