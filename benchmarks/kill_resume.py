@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from opd_env.engines.models import load_model
-from opd_env.episode.limits import RolloutLimits
 from opd_env.episode.store import load_trajectories
 from opd_env.evaluation.read_run import read_metrics
+from opd_env.settings.fields import build
 from opd_env.trainer import OPDConfig, OPDTrainer
 
 STEPS, EPISODES = 8, 4
@@ -201,21 +201,16 @@ def _child(run: Path, begins: int, kill_at: int, measure_into: Path | None) -> i
 
 
 def _config(run: Path) -> OPDConfig:
-    return OPDConfig(
-        student="packaged:student",
-        teacher="packaged:teacher",
-        task="arithmetic",
-        steps=STEPS,
-        episodes_per_step=EPISODES,
-        eval_every=2,
-        eval_problems=1,
-        checkpoint_every=2,
-        learning_rate=1e-3,
-        rollout_ahead=rollout_ahead,
-        trackers=(),
-        limits=RolloutLimits(max_turns=2, max_turn_tokens=12, max_tokens=320),
-        output=str(run),
-    )
+    return build(OPDConfig, {
+        "student": {"model": "packaged:student"}, "teacher": {"model": "packaged:teacher"}, "task": "arithmetic",
+        "sampling": {
+            "episodes_per_step": EPISODES, "rollout_ahead": rollout_ahead,
+            "limits": {"max_turns": 2, "max_turn_tokens": 12, "max_tokens": 320},
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "evaluation": {"every": 2, "problems": 1},
+        "run": {"steps": STEPS, "checkpoint_every": 2, "trackers": (), "output": str(run)},
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

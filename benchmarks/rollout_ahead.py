@@ -23,9 +23,9 @@ from rich.console import Console
 from slow_tools import TURN_TOKENS, PacedEngine
 
 from opd_env.engines.models import load_model
-from opd_env.episode.limits import RolloutLimits
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.messages import assistant
+from opd_env.settings.fields import build
 from opd_env.trainer import OPDConfig, OPDTrainer
 from opd_env.trainer.run import loop
 
@@ -40,11 +40,13 @@ class PacedPolicy(PacedEngine):
 
 def measure(folder: Path, engine: str, steps: int, episodes: int, *, ahead: bool) -> dict[str, float]:
     """Medians over the steps of one run."""
-    config = OPDConfig(
-        student="packaged:student", teacher="packaged:teacher", task="arithmetic", output=str(folder), trackers=(),
-        steps=steps, episodes_per_step=episodes, eval_problems=1, checkpoint_every=0, rollout_ahead=ahead,
-        limits=RolloutLimits(max_turn_tokens=64, max_tokens=512, max_turns=4),
-    )  # fmt: skip
+    limits = {"max_turn_tokens": 64, "max_tokens": 512, "max_turns": 4}
+    config = build(OPDConfig, {
+        "student": {"model": "packaged:student"}, "teacher": {"model": "packaged:teacher"}, "task": "arithmetic",
+        "sampling": {"episodes_per_step": episodes, "rollout_ahead": ahead, "limits": limits},
+        "evaluation": {"problems": 1},
+        "run": {"steps": steps, "checkpoint_every": 0, "output": str(folder), "trackers": ()},
+    })  # fmt: skip
     parts = {"student": load_model("packaged:student"), "teacher": load_model("packaged:teacher")}
     if engine == "paced":
         loop.make_engine = lambda config, student, chat, folder: PacedPolicy(chat)

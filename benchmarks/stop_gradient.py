@@ -68,7 +68,9 @@ def run_arm(label: str, seed: int, output: Path, options: list[str]) -> dict[str
     divergence, mode = ARMS[label]
     folder = output / f"{divergence}_{mode}_{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"divergence": divergence, "mode": mode, "seed": seed, "output": folder}
+    settings = {
+        "objective.divergence": divergence, "objective.mode": mode, "run.seed": seed, "run.output": folder,
+    }  # fmt: skip
     words = [f"--{name}={value}" for name, value in settings.items()]
     with (output / f"{folder.name}.log").open("w") as log:
         done = subprocess.run(

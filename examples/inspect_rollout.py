@@ -30,10 +30,10 @@ def main(run: Path, shown: int) -> None:
     parts = make_parts(config, torch.device("cpu"))
     chat, task = parts.chat, parts.task
     trajectories = load_trajectories(run / "trajectories")[:]
-    trajectories = [one for one in trajectories if one.seed == config.seed * 1_000_003]  # of the first step
+    trajectories = [one for one in trajectories if one.seed == config.run.seed * 1_000_003]  # of the first step
     teacher = parts.teacher
     if not isinstance(teacher, LocalTeacher):
-        sys.exit("the plain computation needs a teacher in this process, without teacher_engine=vllm or a server")
+        sys.exit("the plain computation needs a teacher in this process, without teacher.engine=vllm or a server")
     scores_N = teacher.score(trajectories).numpy()
     schemas = schemas_of(config, task)
     examples = {example.id: example for example in task}
@@ -46,9 +46,9 @@ def main(run: Path, shown: int) -> None:
             print(f"{'place':>5} {'kind':<12} {'student':>8} {'teacher':>8} {'log u':>7}  token")
         for row, read in zip(one.rows, teacher.rows([one]), strict=True):
             ids = one.token_ids[row].tolist()
-            student_TV = logprobs(parts.student.model, ids, chat.vocab_size, config.temperature)
+            student_TV = logprobs(parts.student.model, ids, chat.vocab_size, config.sampling.temperature)
             teacher_ids = read.token_ids_T.tolist()
-            teacher_TV = logprobs(teacher.loaded.model, teacher_ids, chat.vocab_size, config.temperature)
+            teacher_TV = logprobs(teacher.loaded.model, teacher_ids, chat.vocab_size, config.sampling.temperature)
             for place in range(int(one.sampled[row].argmax()), len(ids)):
                 at = row.start + place
                 numbers = " " * 25

@@ -15,16 +15,13 @@ from opd_env.evaluation.rates import summarise
 from tests.episode.trajectory_samples import encode, make_trajectories
 
 CONFIG = """# config_hash: 3f2a91c07be4
-student: packaged:student
-teacher: packaged:teacher
 task: arithmetic
-divergence: reverse_kl
-mode: opd_plus_centred
-estimator: full
-steps: 100
-episodes_per_step: 64
-learning_rate: 0.002
-seed: 0
+student: {model: packaged:student}
+teacher: {model: packaged:teacher}
+objective: {divergence: reverse_kl, mode: opd_plus_centred, estimator: full}
+sampling: {episodes_per_step: 64}
+optimizer: {learning_rate: 0.002}
+run: {steps: 100, seed: 0}
 """
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=60, help="problems that choose the checkpoint")
     parser.add_argument("--test", type=int, default=200, help="problems that are reported")
     parser.add_argument("--finished", action="store_true", help="run nothing; report the seeds that are whole")
-    parser.add_argument("--settings", type=yaml.safe_load, default={}, help="changes to study.yaml: '{steps: 40}'")
+    parser.add_argument("--settings", type=yaml.safe_load, default={}, help="changes to study.yaml: '{run.steps: 40}'")
     options = parser.parse_args()
 
     runs = [(arm_named(name), seed) for seed in range(options.seeds) for name in options.arms]

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_env.settings.fields import build, read_yaml
-from opd_env.trainer import OPDConfig, register_divergence
+from opd_env.settings.fields import changed
+from opd_env.trainer import OPDConfig, load_config, register_divergence
 
 SHARED = Path(__file__).with_name("study.yaml")
 
@@ -50,19 +50,20 @@ class Arm:
     name: str
     label: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What differs from ``study.yaml``."""
+    """What differs from ``study.yaml``, by dotted name."""
     kind: Kind = Kind.ON_POLICY
     same_as: str = ""
     """Other names of the same run."""
 
     def config(self, seed: int, output: str | Path, changes: Mapping[str, Any] | None = None) -> OPDConfig:
         """The settings of one run; ``changes`` are those of the whole study."""
-        shared = read_yaml(SHARED)
-        return build(OPDConfig, {**shared, **self.settings, **(changes or {}), "seed": seed, "output": str(output)})
+        shared = load_config([str(SHARED)])
+        return changed(shared, {**self.settings, **(changes or {}), "run.seed": seed, "run.output": str(output)})
 
 
 def _arm(name: str, label: str, divergence: str, mode: str, same_as: str = "", **more: Any) -> Arm:
-    return Arm(name, label, {"divergence": divergence, "mode": mode, **more}, same_as=same_as)
+    objective = {"divergence": divergence, "mode": mode, **more}
+    return Arm(name, label, {f"objective.{key}": value for key, value in objective.items()}, same_as=same_as)
 
 
 ARMS = (
@@ -80,9 +81,11 @@ ARMS = (
     _arm("constant", "constant −1", "constant", "opd_plus"),
     _arm("reverse_kl_value", "reverse KL, value baseline", "reverse_kl", "opd_plus", baseline="value"),
     _arm("reverse_kl_full", "reverse KL, exact over the vocabulary", "reverse_kl", "opd_plus", estimator="full"),
-    Arm("reward", "reward only", {"divergence_coefficient": 0.0, "reward_coefficient": 1.0, "samples_per_problem": 8}),
+    Arm("reward", "reward only", settings={
+        "objective.divergence_coefficient": 0.0, "objective.reward_coefficient": 1.0, "sampling.samples_per_problem": 8,
+    }),
     Arm("sft", "SFT on expert episodes", kind=Kind.SUPERVISED),
-)
+)  # fmt: skip
 REFERENCE = "reverse_kl_opd"
 """The first on-policy arm: others are compared with it, and the supervised arm takes its number of tokens."""
 COMPARISONS = (

@@ -134,7 +134,7 @@ class _Run:
                     self.weights[step] = self._trainer.checkpoints.folder / f"step_{step:08d}" / "weights.safetensors"
                 self.tokens = sum(row["rollout/sampled_tokens"] for row in self.metrics())
             case Kind.SUPERVISED:
-                reference = study / "records" / f"{REFERENCE}_{self._trainer.config.seed}.json"
+                reference = study / "records" / f"{REFERENCE}_{self._trainer.config.run.seed}.json"
                 self._supervise(json.loads(reference.read_text(encoding="utf-8"))["tokens"])
             case _:
                 self.weights[0] = None
@@ -143,19 +143,23 @@ class _Run:
     def _supervise(self, tokens: int) -> None:
         """As many updates as the training loop would take, on ``tokens`` expert tokens in all."""
         config, trainer = self._trainer.config, self._trainer
-        updates = config.steps * config.updates_per_step
+        updates = config.run.steps * config.optimizer.updates_per_step
         experts = expert_trajectories(
-            trainer.parts.task, trainer.parts.chat, count=config.steps * config.episodes_per_step, seed=config.seed
+            trainer.parts.task,
+            trainer.parts.chat,
+            count=config.run.steps * config.sampling.episodes_per_step,
+            seed=config.run.seed,
         )
         mean = sum(expert.num_sampled for expert in experts) / len(experts)
         done = sft(
             trainer.updater, experts, steps=updates, episodes_per_step=round(tokens / updates / mean),
-            learning_rate=config.learning_rate, warmup=config.warmup_steps, schedule=config.schedule, seed=config.seed,
+            learning_rate=config.optimizer.learning_rate, warmup=config.optimizer.warmup_steps,
+            schedule=config.optimizer.schedule, seed=config.run.seed,
         )  # fmt: skip
         for number, update in enumerate(done, start=1):
             self.tokens += update.num_tokens
-            step, rest = divmod(number, config.updates_per_step)
-            if rest == 0 and (step == config.steps or step % config.checkpoint_every == 0):
+            step, rest = divmod(number, config.optimizer.updates_per_step)
+            if rest == 0 and (step == config.run.steps or step % config.run.checkpoint_every == 0):
                 self._keep(step)
 
     def _keep(self, step: int) -> None:
@@ -198,7 +202,7 @@ class _Run:
                     value.copy_(weights[name])
         played = evaluate(
             load_task(config.task, split, **config.task_options), self._engine, parts.chat, limit=problems,
-            limits=config.limits, sampling=SamplingParams(temperature=temperature), seed=config.seed,
+            limits=config.sampling.limits, sampling=SamplingParams(temperature=temperature), seed=config.run.seed,
         )  # fmt: skip
         if played.errors:
             raise RuntimeError(f"{len(played.errors)} episodes failed; the first: {played.errors[0].message}")

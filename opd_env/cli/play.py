@@ -6,18 +6,16 @@ Test it alone: ``pytest tests/cli/test_cli.py``
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_env.cli.progress import progress_of
-from opd_env.episode.limits import RolloutLimits
-from opd_env.plugins.ray.workers import connect_ray
-from opd_env.settings.fields import ConfigError, import_files
+from opd_env.episode.settings import ModelFields, SamplingFields, TaskFields
+from opd_env.settings.fields import ConfigError, number
 from opd_env.settings.read import configure
 from opd_env.tasks import load_task
-from opd_env.tools.mcp.tools import register_mcp_servers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,61 +29,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaySettings:
-    """What both commands need."""
+class PlaySettings(ModelFields, TaskFields, SamplingFields):
+    """What both commands set."""
 
-    model: str
-    """packaged:student, packaged:teacher, smollm2, a folder that save_pretrained wrote, a hub id, or (eval only) the
-    address of a chat server, such as http://127.0.0.1:8000/v1."""
-    task_options: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the task, such as a data file or difficulty levels."""
-    samples: int = 1
+    samples: int = number(1, low=1)
     """Episodes per problem; more than 1 needs a temperature above 0."""
-    tools: tuple[str, ...] | None = None
-    """Names of the tools on offer; null takes the task's own."""
-    imports: tuple[str, ...] = ()
-    """Python files to run first, so that their @tool and @register_task take effect."""
-    mcp_servers: Mapping[str, Any] = field(default_factory=dict)
-    """MCP servers whose tools can be named in ``tools``: by a name of your choice, the options of ``mount_mcp``, such
-    as ``{shop: {server: [python, shop.py]}}``."""
-    ray_address: str | None = None
-    """A Ray cluster to run the processes of tools in, such as auto or host:port; null runs them on this machine."""
-    chat_format: str | None = None
-    """Name of the chat format; null finds it from the tokenizer's template."""
-    repair_calls: bool = False
-    """Put small faults of calls right when they are read, and count each; scores then hold calls that were faulty."""
-    limits: RolloutLimits = field(default_factory=RolloutLimits)
-    """Budgets of an episode."""
-    seed: int = 0
+    seed: int = number(0, low=0)
     """Seed of the sampling."""
-    dtype: str = "float32"
-    """Number format of the weights."""
-    engine: str = "local"
-    """What samples: local (transformers), vllm (in this process), or URLs of vLLM servers that serve the model, as
-    a,b."""
-    vllm_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the vllm.LLM in this process, such as ``{gpu_memory_utilization: 0.5}``."""
-    concurrent_episodes: int = 32
+    concurrent_episodes: int = number(32, low=1)
     """Episodes played side by side; memory grows with it."""
 
-    def __post_init__(self) -> None:
-        if self.chat_format is not None:
-            from opd_env.formats import format_named
-
-            format_named(self.chat_format)
+    def check(self) -> None:
+        """Refuses what each group of fields refuses."""
+        ModelFields.check(self)
+        SamplingFields.check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(PlaySettings):
     """Scores a model on tasks, with 95 % intervals. Stopped at any time, the same command continues."""
 
+    common = ("model", "task", "task_options", "split", "problems", "samples", "temperature", "output")
+    model: str
+    """packaged:student, packaged:teacher, smollm2, a folder that save_pretrained wrote, a hub id, or the address of a
+    chat server, such as http://127.0.0.1:8000/v1."""
     task: tuple[str, ...]
     """Names of tasks, as a,b."""
     split: str = "test"
     """Split of the tasks."""
-    problems: int | None = None
+    problems: int | None = number(None, low=1)
     """How many problems, the first of the split; null takes all."""
-    temperature: float = 0.0
+    temperature: float = number(0.0, low=0, high=2)
     """Sampling temperature; 0 takes the most likely token."""
     server_model: str = ""
     """Name of the model at a chat server; empty takes the only one that it serves. A key is read from
@@ -98,15 +72,16 @@ class EvalSettings(PlaySettings):
 class RolloutSettings(PlaySettings):
     """Plays a few episodes as training would, and shows every token's kind."""
 
+    common = ("model", "task", "task_options", "split", "first", "problems", "temperature", "output")
     task: str
     """Name of the task."""
     split: str = "train"
     """Split of the task."""
-    first: int = 0
+    first: int = number(0, low=0)
     """Number of the first problem."""
-    problems: int = 3
+    problems: int = number(3, low=1)
     """How many problems."""
-    temperature: float = 1.0
+    temperature: float = number(1.0, low=0, high=2)
     """Sampling temperature; training uses 1."""
     output: str | None = None
     """Parquet file to save the trajectories to."""
@@ -126,7 +101,7 @@ def _evaluate(settings: EvalSettings) -> int:
     from opd_env.evaluation.chat_server import ChatServer
     from opd_env.evaluation.run import evaluate, results_table
 
-    _register(settings)
+    settings.register()
     if not settings.task:
         raise ConfigError("task is empty; name one, or several as a,b")
     tasks = [load_task(name, settings.split, **settings.task_options) for name in settings.task]
@@ -207,7 +182,7 @@ def _rollout(settings: RolloutSettings) -> int:
     from opd_env.episode.rollouts import rollout
     from opd_env.episode.store import save_trajectories
 
-    _register(settings)
+    settings.register()
     task = load_task(settings.task, settings.split, **settings.task_options)
     last = min(settings.first + settings.problems, len(task))
     if not 0 <= settings.first < last:
@@ -247,45 +222,28 @@ def _rollout(settings: RolloutSettings) -> int:
     return 1 if result.errors else 0
 
 
-def _register(settings: PlaySettings) -> None:
-    import_files(settings.imports)
-    register_mcp_servers(settings.mcp_servers)
-    if settings.ray_address:
-        connect_ray(settings.ray_address)
-
-
 def _open(settings: PlaySettings) -> tuple[Engine, ChatFormat, LoadedModel]:
-    from opd_env.engines.local import LocalEngine
     from opd_env.engines.models import load_model
-    from opd_env.engines.servers.client import client_of
-    from opd_env.engines.servers.engine import HttpEngine
-    from opd_env.engines.servers.probe import probe_servers, probe_vllm
+    from opd_env.engines.open import open_engine, probe_engine
     from opd_env.engines.servers.urls import is_url
-    from opd_env.engines.vllm import VLLMEngine
     from opd_env.formats import get_format
 
-    if settings.dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"dtype={settings.dtype!r} is unknown; use float32, bfloat16 or float16")
     if is_url(settings.model):
         raise ConfigError(f"model={settings.model!r}: a chat server tells no tokens; score it with opd-env eval")
     # For vLLM the copy here is only compared with, and must not take its memory.
     loaded = load_model(settings.model, dtype=settings.dtype, device="cpu" if settings.engine == "vllm" else None)
     chat = get_format(loaded.tokenizer, settings.chat_format, repair=settings.repair_calls)
-    if settings.engine == "local":
-        engine = LocalEngine(loaded.model, chat.stop_token_ids, chat.vocab_size, settings.concurrent_episodes)
-        return engine, chat, loaded
-    if settings.engine == "vllm":
-        in_process = VLLMEngine(
-            settings.model, chat.stop_token_ids, chat.vocab_size, capacity=settings.concurrent_episodes,
-            max_context=settings.limits.max_tokens, dtype=settings.dtype, **settings.vllm_options,
-        )  # fmt: skip
-        probe_vllm(in_process, chat, loaded.model)
-        return in_process, chat, loaded
-    if not is_url(settings.engine):
-        raise ConfigError(f"engine={settings.engine!r} is unknown; set local, vllm, or URLs of vLLM servers, as a,b")
-    client = client_of(settings.engine, settings.concurrent_episodes)
-    probe_servers(client, chat, loaded.model)
-    return HttpEngine(client, chat.stop_token_ids, chat.vocab_size), chat, loaded
+    engine = open_engine(
+        settings.engine,
+        loaded,
+        chat,
+        concurrent_episodes=settings.concurrent_episodes,
+        max_context=settings.limits.max_tokens,
+        dtype=settings.dtype,
+        vllm_options=settings.vllm_options,
+    )
+    probe_engine(engine, chat, loaded.model)
+    return engine, chat, loaded
 
 
 def _show(console: Console, trajectory: Trajectory, chat: ChatFormat) -> None:

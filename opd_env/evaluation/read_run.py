@@ -89,6 +89,13 @@ class Run:
     decode: Decode | None
     """Text of token ids, by the newest ``tokenizer.json`` in the folder."""
 
+    def setting(self, name: str) -> Any:
+        """What ``config.yaml`` says of a dotted name, such as ``teacher.model``; None if it says nothing."""
+        value: Any = self.config
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
     @property
     def teachers(self) -> list[Model]:
         """The teacher; the members of a mixture, in the order in which ``teacher`` names them."""
@@ -97,7 +104,7 @@ class Run:
     @property
     def teacher(self) -> str:
         """The name of the teacher, or such as ``0.7 × mathematician + 0.3 × searcher``."""
-        return mixture_text(self.results) or str(self.config.get("teacher", ""))
+        return mixture_text(self.results) or str(self.setting("teacher.model") or "")
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:

@@ -57,17 +57,17 @@ def publish(run: str | Path, *, push: str | None = None, private: bool = False, 
 
 def model_card(run: Run, name: str) -> str:
     """The text of ``README.md``: what the model is, how it was made, what it was found to do, and how to use it."""
-    config, results = run.config, run.results
-    student = str(config["student"])
+    results = run.results
+    student = str(run.setting("student.model"))
     rows = "\n".join(
         f"| {model.title} | {model.accuracy} | {model.summary.tool_call_validity if model.summary else '–'} "
         f"| {model.accuracy.n} |"
         for model in run.models.values()
     )
-    settings = _rows({key: config[key] for key in _SETTINGS if key in config} | {"teacher": run.teacher})
+    settings = _rows({name: run.setting(name) for name in _SETTINGS} | {"teacher.model": run.teacher})
     made_with = _rows({key: results[key] for key in ("config_hash", "git_commit") if key in results})
-    trained = f"{config['steps']} × {config['episodes_per_step']} episodes"
-    shown = "\n".join(line for line in run.config_text.splitlines() if not line.startswith("output:"))
+    trained = f"{run.setting('run.steps')} × {run.setting('sampling.episodes_per_step')} episodes"
+    shown = "\n".join(line for line in run.config_text.splitlines() if not line.strip().startswith("output:"))
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
     return f"""---
 {_header(student)}
@@ -76,12 +76,13 @@ def model_card(run: Run, name: str) -> str:
 # {name}
 
 {_code(student)}, taught to use tools by on-policy distillation from {_code(run.teacher)} on the task
-{_code(config["task"])}: it played {trained} with real tool calls, and learned from what the teacher thought of every
-token that it sampled. Made with opd-env. Licence and limits of {_code(student)} apply.
+{_code(run.setting("task"))}: it played {trained} with real tool calls, and learned from what the teacher
+thought of every token that it sampled. Made with opd-env. Licence and limits of {_code(student)} apply.
 
 ## Results
 
-On the split {_code(config["eval_split"])} at temperature {config["eval_temperature"]}, with 95 % intervals:
+On the split {_code(run.setting("evaluation.split"))} at temperature {run.setting("evaluation.temperature")}, with 95 %
+intervals:
 
 | | accuracy | valid tool calls | problems |
 |---|---|---|---|
@@ -112,14 +113,15 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 ```bash
 vllm serve {name}
-opd-env eval --model {name} --task {config["task"]}
+opd-env eval --model {name} --task {run.setting("task")}
 ```
 """
 
 
 _SETTINGS = (
-    "student", "teacher", "task", "task_options", "tools", "divergence", "divergence_options", "mode", "estimator",
-    "steps", "episodes_per_step", "updates_per_step", "learning_rate", "lora", "temperature", "seed",
+    "student.model", "teacher.model", "task", "task_options", "tools", "objective.divergence",
+    "objective.divergence_options", "objective.mode", "objective.estimator", "run.steps", "sampling.episodes_per_step",
+    "optimizer.updates_per_step", "optimizer.learning_rate", "student.lora", "sampling.temperature", "run.seed",
 )  # fmt: skip
 
 

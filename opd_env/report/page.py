@@ -86,9 +86,15 @@ def _context(run: Run) -> dict[str, Any]:
 def _facts(run: Run) -> list[tuple[str, str]]:
     """What was run, in few words: name and value."""
     evaluation = run.results.get("evaluation", {})
-    chosen = {**evaluation.get("settings", {}), **run.config, "teacher": run.teacher}
-    names = ("task", "model", "student", "teacher", "divergence", "mode", "estimator", "steps", "episodes_per_step")
-    facts = {name.replace("_", " "): chosen.get(name) for name in (*names, "learning_rate", "samples", "seed")}
+    played = evaluation.get("settings", {})
+    facts = {"task": run.setting("task") or played.get("task"), "model": played.get("model")}
+    facts |= {"student": run.setting("student.model"), "teacher": run.teacher}
+    for name in (
+        "objective.divergence", "objective.mode", "objective.estimator", "run.steps", "sampling.episodes_per_step",
+        "optimizer.learning_rate",
+    ):  # fmt: skip
+        facts[name.rpartition(".")[2].replace("_", " ")] = run.setting(name)
+    facts |= {"samples": played.get("samples"), "seed": played.get("seed", run.setting("run.seed"))}
     facts["config hash"] = run.results.get("config_hash")
     seconds = run.results.get("seconds", evaluation.get("seconds"))
     facts["time"] = None if seconds is None else _duration(seconds)

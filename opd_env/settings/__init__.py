@@ -14,8 +14,11 @@ from opd_env._lazy import lazy_face
 
 if TYPE_CHECKING:
     from opd_env.settings.fields import ConfigError as ConfigError
+    from opd_env.settings.fields import Settings as Settings
     from opd_env.settings.fields import build as build
+    from opd_env.settings.fields import changed as changed
     from opd_env.settings.fields import import_files as import_files
+    from opd_env.settings.fields import number as number
     from opd_env.settings.fields import read_yaml as read_yaml
     from opd_env.settings.fields import to_dict as to_dict
     from opd_env.settings.read import configure as configure
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_face(
     __name__,
     {
-        "fields": ("ConfigError", "build", "import_files", "read_yaml", "to_dict"),
+        "fields": ("ConfigError", "Settings", "build", "changed", "import_files", "number", "read_yaml", "to_dict"),
         "read": ("configure",),
     },
 )

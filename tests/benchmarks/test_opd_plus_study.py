@@ -16,12 +16,14 @@ from opd_env.trainer.math import divergences
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "opd_plus_study" / "results"
 LOG_U = torch.linspace(-6, 6, 241)
-TINY = {"steps": 1, "episodes_per_step": 8, "warmup_steps": 0, "checkpoint_every": 1}
+TINY = {
+    "run.steps": 1, "sampling.episodes_per_step": 8, "optimizer.warmup_steps": 0, "run.checkpoint_every": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_is_a_valid_run(arm, tmp_path):
-    assert arm.config(seed=3, output=tmp_path).seed == 3
+    assert arm.config(seed=3, output=tmp_path).run.seed == 3
 
 
 def test_names_and_comparisons_are_of_arms():
@@ -60,7 +62,7 @@ def _forget_the_control(monkeypatch):
 def test_the_control_gives_every_token_minus_one():
     register_control()
     settings = arm_named("constant").settings
-    advantages = advantage(2 * LOG_U, settings["divergence"], settings["mode"], clip_log_ratio=6.0)
+    advantages = advantage(2 * LOG_U, settings["objective.divergence"], settings["objective.mode"], clip_log_ratio=6.0)
     torch.testing.assert_close(advantages, -torch.ones_like(LOG_U), rtol=0, atol=1e-6)
 
 
@@ -136,7 +138,7 @@ def test_a_study_is_continued_and_reported(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results.json").read_text())
     _, reference, supervised = results["runs"]
     assert [(run["arm"], run["seed"], run["failure"]) for run in results["runs"]] == [(arm, 0, None) for arm in arms]
-    assert results["settings"]["steps"] == len(reference["curves"]["teacher_kl"]) == 1
+    assert results["settings"]["run.steps"] == len(reference["curves"]["teacher_kl"]) == 1
     assert supervised["tokens"] == pytest.approx(reference["tokens"], rel=0.3)
     assert all(len(run["chosen"]["greedy"]) == len(run["chosen"]["sampled"]) == 4 for run in results["runs"])
     assert list((tmp_path / "work").iterdir()) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from opd_env.errors import UserError
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.formats import get_format
 from opd_env.tasks import load_task
-from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.run.loop import OPDTrainer
 from tests.engines.vllm_server import Server
+from tests.trainer.settings import changed_by, config_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -121,9 +120,9 @@ def test_in_process_samples_scores_and_takes_new_weights(student: Any) -> None:
 def test_student_and_teacher_in_this_process_learn_what_they_do_with_transformers(tmp_path: Path) -> None:
     found = []
     for engine in ("local", "vllm"):
-        config = OPDConfig(
+        config = config_of(
             student="packaged:student", teacher="packaged:teacher", task="arithmetic", steps=2, episodes_per_step=8,
-            estimator="topk", topk_tokens=24, engine=engine, teacher_engine=engine, eval_problems=4, trackers=(),
+            estimator="topk", topk_tokens=24, engine=engine, teacher_engine=engine, evaluation_problems=4, trackers=(),
             vllm_options=OPTIONS, concurrent_episodes=8, output=str(tmp_path / engine),
             limits=RolloutLimits(max_turns=4, max_turn_tokens=64, max_tokens=400),
         )  # fmt: skip
@@ -135,7 +134,7 @@ def test_student_and_teacher_in_this_process_learn_what_they_do_with_transformer
     assert results["teacher"]["accuracy"] == local["teacher"]["accuracy"]
     # The episodes that vLLM sampled, scored by transformers.
     trainer = OPDTrainer(
-        replace(config, engine="local", teacher_engine="local", output=str(tmp_path / "check")),
+        changed_by(config, engine="local", teacher_engine="local", output=str(tmp_path / "check")),
         console=Console(file=StringIO()),
     )
     played = load_trajectories(next((tmp_path / "vllm" / "trajectories").glob("step_00000001*")))[:]

@@ -28,6 +28,7 @@ from opd_env.trainer.run.loop import OPDTrainer
 from tests.engines.test_vllm import OPTIONS, TOLERANCE, gap
 from tests.engines.vllm_server import Server
 from tests.trainer.learn.distributed_updates import accelerator_of
+from tests.trainer.settings import config_of
 from tests.trainer.together import ROOT, ends, launcher_environment, together
 
 pytestmark = [
@@ -38,14 +39,14 @@ pytestmark = [
 ]
 
 
-def config_of(folder: Path, **changes: Any) -> OPDConfig:
+def vllm_config(folder: Path, **changes: Any) -> OPDConfig:
     settings: dict[str, Any] = {
         "student": "packaged:student", "teacher": "packaged:teacher", "task": "arithmetic", "steps": 3,
-        "episodes_per_step": 8, "estimator": "sampled", "engine": "vllm", "learning_rate": 1e-4, "eval_problems": 2,
-        "trackers": (), "vllm_options": OPTIONS, "concurrent_episodes": 8, "output": str(folder),
-        "limits": RolloutLimits(max_turns=4, max_turn_tokens=64, max_tokens=400),
+        "episodes_per_step": 8, "estimator": "sampled", "engine": "vllm", "learning_rate": 1e-4,
+        "evaluation_problems": 2, "trackers": (), "vllm_options": OPTIONS, "concurrent_episodes": 8,
+        "output": str(folder), "limits": RolloutLimits(max_turns=4, max_turn_tokens=64, max_tokens=400),
     }  # fmt: skip
-    return OPDConfig(**{**settings, **changes})
+    return config_of(**{**settings, **changes})
 
 
 def train(config: OPDConfig) -> OPDTrainer:
@@ -69,14 +70,14 @@ def episodes_of(folder: Path) -> dict[tuple[str, str, int], list[int]]:
 
 def run_in_two(rank: int, folder: Path, kind: str) -> None:
     accelerator_of(kind)
-    train(config_of(folder, teacher_engine="vllm"))
+    train(vllm_config(folder, teacher_engine="vllm"))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    train(config_of(folder, teacher_engine="vllm"))
+    train(vllm_config(folder, teacher_engine="vllm"))
     return folder
 
 
@@ -105,7 +106,7 @@ def test_two_processes_with_a_vllm_in_each_learn_what_one_learns(tmp_path: Path,
 
 def failing_in_one(rank: int, folder: Path) -> None:
     accelerator_of("ddp")
-    trainer = OPDTrainer(config_of(folder), console=Console(file=StringIO()))
+    trainer = OPDTrainer(vllm_config(folder), console=Console(file=StringIO()))
     if rank == 0:
         trainer.rollouts.play = None  # type: ignore[assignment, method-assign]
     trainer.train()
@@ -126,7 +127,7 @@ def test_a_step_ahead_is_sampled_by_the_student_of_one_step_before(
     if where == "server":
         server: Server = request.getfixturevalue("vllm_server")
         changes |= {"engine": server.url, "vllm_options": {}}
-    config = config_of(tmp_path / "run", **changes)
+    config = vllm_config(tmp_path / "run", **changes)
     trainer = OPDTrainer(config, console=Console(file=StringIO()))
     students: list[Any] = []
     gaps: list[list[float]] = []
@@ -147,7 +148,7 @@ def test_a_step_ahead_is_sampled_by_the_student_of_one_step_before(
 
 def test_a_terminal_shows_the_run_and_nothing_of_vllm(tmp_path: Path) -> None:
     settings = {"student": "packaged:student", "teacher": "packaged:teacher", "task": "arithmetic", "steps": 2}
-    settings |= {"engine": "vllm", "eval_problems": 2, "episodes_per_step": 4, "limits": {"max_tokens": 400}}
+    settings |= {"engine": "vllm", "evaluation_problems": 2, "episodes_per_step": 4, "limits": {"max_tokens": 400}}
     settings |= {"vllm_options": OPTIONS, "trackers": [], "output": str(tmp_path / "run"), "concurrent_episodes": 4}
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "opd_env.cli", "train", str(tmp_path / "run.yaml")]

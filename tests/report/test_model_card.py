@@ -66,8 +66,8 @@ def test_the_card_holds_the_results_with_their_intervals_and_how_they_came_about
         shown = f"{100 * results[key]['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
         assert f"| {title} | {shown} | {read.models[key].summary.tool_call_validity} | 2 |" in body  # type: ignore[union-attr]
     for fact in (
-        "`toy_sums`", "| divergence | `reverse_kl` |", "| teacher | `teacher` |", results["config_hash"],
-        f"torch {results['versions']['torch']}", "vllm serve demo", "steps: 1",
+        "`toy_sums`", "| objective.divergence | `reverse_kl` |", "| teacher.model | `teacher` |",
+        results["config_hash"], f"torch {results['versions']['torch']}", "vllm serve demo", "steps: 1",
     ):  # fmt: skip
         assert fact in body, fact
     assert "base_model" not in header  # "student" is not on the hub
@@ -76,7 +76,7 @@ def test_the_card_holds_the_results_with_their_intervals_and_how_they_came_about
 @pytest.mark.parametrize(("student", "base"), [("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"), ("./mine/model", None)])
 def test_a_student_of_the_hub_is_named_as_the_base_model(run: tuple[Path, Any], student: str, base: str | None) -> None:
     read = Run.read(run[0])
-    card = model_card(type(read)(**{**vars(read), "config": {**read.config, "student": student}}), "me/mine")
+    card = model_card(type(read)(**{**vars(read), "config": {**read.config, "student": {"model": student}}}), "me/mine")
     assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == base
 
 

@@ -18,6 +18,7 @@ from opd_env.trainer import batch
 from opd_env.trainer.batch import Row
 from opd_env.trainer.run.config import OPDConfig
 from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.trainer.settings import config_of
 
 
 @register_task("toy_sums")
@@ -55,10 +56,10 @@ def loaded(seed: int, name: str = "tiny", spread: float = 0.02, **config: Any) -
 def toy_config(folder: Any, **changes: Any) -> OPDConfig:
     settings: dict[str, Any] = {
         "student": "student", "teacher": "teacher", "task": "toy_sums", "steps": 4, "episodes_per_step": 4,
-        "eval_problems": 2, "checkpoint_every": 1, "trackers": (), "output": str(folder),
+        "evaluation_problems": 2, "checkpoint_every": 1, "trackers": (), "output": str(folder),
         "limits": RolloutLimits(max_turns=2, max_turn_tokens=8, max_tokens=160),
     }  # fmt: skip
-    return OPDConfig(**{**settings, **changes})
+    return config_of(**{**settings, **changes})
 
 
 def made_trajectory(seed: int, prompt: int = 5, turns: tuple[int, ...] = (3, 2), tool: int = 2) -> Trajectory:

@@ -3,7 +3,7 @@
 ``sampled`` weighs every sampled token by its advantage; ``full`` and ``topk`` sum over what could have been sampled at
 every prefix. A task reward can be added, or stand alone. What the metrics need is noted per token::
 
-    objective = OPDObjective(config, teacher, chat.vocab_size)
+    objective = OPDObjective(config.objective, teacher, chat.vocab_size, temperature=1.0, samples_per_problem=4)
     objective.begin(trajectories)            # the teacher reads them
     updater.update(objective.rows, objective)
     objective.end()
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from opd_env.episode.trajectory import Trajectory
 from opd_env.trainer.batch import Head, MicroBatch, Row, rows_of
+from opd_env.trainer.learn.settings import ObjectiveSettings
 from opd_env.trainer.learn.teacher_signal import Compared, make_comparison
 from opd_env.trainer.learn.token_weights import Scheme, scheme_weights
 from opd_env.trainer.math.advantages import advantage, group_relative
 from opd_env.trainer.math.divergences import get_divergence
 from opd_env.trainer.math.loss import mean_loss, policy_loss, scaled
 from opd_env.trainer.math.modes import Baseline, Estimator, RatioPolicy
-from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.teachers.base import Teacher
 
 
@@ -67,18 +67,29 @@ class OPDObjective:
     """The loss of one step's trajectories, micro-batch by micro-batch.
 
     Args:
-        config: divergence, mode, estimator and their options.
+        settings: divergence, mode, estimator and their options.
         teacher: scores the tokens; ``full`` needs a ``LogitsTeacher``, ``topk`` a ``TopKTeacher``.
         vocab_size: tokens of the student's tokenizer.
+        temperature: at which the tokens were sampled, and both models are read.
+        samples_per_problem: episodes whose rewards are compared with each other.
 
     Raises:
         ValueError: the divergence is unknown, or the teacher cannot do what the estimator needs.
     """
 
-    def __init__(self, config: OPDConfig, teacher: Teacher, vocab_size: int) -> None:
-        self._config = config
-        self._divergence = get_divergence(config.divergence, **config.divergence_options)
-        self._comparison = make_comparison(config, teacher, self._divergence, vocab_size)
+    def __init__(
+        self,
+        settings: ObjectiveSettings,
+        teacher: Teacher,
+        vocab_size: int,
+        *,
+        temperature: float = 1.0,
+        samples_per_problem: int = 1,
+    ) -> None:
+        self._settings = settings
+        self._samples = samples_per_problem
+        self._divergence = get_divergence(settings.divergence, **settings.divergence_options)
+        self._comparison = make_comparison(settings, teacher, self._divergence, vocab_size, temperature)
         self.teacher_seconds = 0.0
         """What the teacher took in ``begin``."""
         self.rows: list[Row] = []
@@ -92,7 +103,7 @@ class OPDObjective:
         """
         started = time.perf_counter()
         # Tokens of an episode bear on each other's weights and advantages, across its rows, or not at all.
-        together = self._config.gamma > 0 or self._config.weight_scheme is not Scheme.NONE
+        together = self._settings.gamma > 0 or self._settings.weight_scheme is not Scheme.NONE
         self.rows = [
             row
             for number, trajectory in enumerate(trajectories)
@@ -101,7 +112,7 @@ class OPDObjective:
         self._comparison.begin(trajectories)
         self._progress = progress
         self._rewards_N = self._rewards(trajectories)
-        self._weights_N = _joined(np.float32, [self._config.weights.of_tokens(one) for one in trajectories])
+        self._weights_N = _joined(np.float32, [self._settings.token_weights.of_tokens(one) for one in trajectories])
         self._turn_N = _joined(np.int64, [one.turn[one.sampled] for one in trajectories])
         behaviour_N = _joined(np.float32, [one.logprobs[one.sampled] for one in trajectories])
         empty = (torch.full_like(behaviour_N, torch.nan) for _ in range(6))
@@ -114,12 +125,12 @@ class OPDObjective:
 
     def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head, num_tokens: float) -> Tensor:
         """The micro-batch's share of the loss, a scalar; see ``Objective``."""
-        config = self._config
+        settings = self._settings
         compared = self._comparison(batch, hidden_NH, head)
         logprobs_N = compared.logprobs_N
         behaviour_N = self.tokens.behaviour_logprobs_N[batch.index_N].to(logprobs_N.device)
-        sums = config.estimator is not Estimator.SAMPLED
-        frozen = config.ratio_policy is RatioPolicy.ROLLOUT and not sums
+        sums = settings.estimator is not Estimator.SAMPLED
+        frozen = settings.ratio_policy is RatioPolicy.ROLLOUT and not sums
         log_ratio_N = compared.teacher_logprobs_N - (behaviour_N if frozen else logprobs_N.detach())
         kl_N = -log_ratio_N if compared.kl_N is None else compared.kl_N
         if compared.span_N is not None:
@@ -129,56 +140,56 @@ class OPDObjective:
         rewarded_N = self._rewards_N[batch.index_N].to(logprobs_N)
         self._note(batch, compared, log_ratio_N, kl_N, distilled_N + rewarded_N, weights_N)
         loss = torch.zeros((), device=logprobs_N.device)
-        if not sums or config.reward_coefficient > 0:
+        if not sums or settings.reward_coefficient > 0:
             loss = policy_loss(
                 logprobs_N,
                 behaviour_N,
                 rewarded_N if sums else distilled_N + rewarded_N,
                 torch.ones_like(logprobs_N, dtype=torch.bool),
                 num_tokens,
-                clip_ratio=config.clip_ratio,
-                truncate_weight=config.truncate_weight,
+                clip_ratio=settings.clip_ratio,
+                truncate_weight=settings.truncate_weight,
             )
-        if compared.loss_N is not None and sums and config.divergence_coefficient > 0:
+        if compared.loss_N is not None and sums and settings.divergence_coefficient > 0:
             loss = loss + mean_loss(scaled(compared.loss_N, weights_N), num_tokens)
         return loss
 
     def _weights(self, batch: MicroBatch, log_ratio_N: Tensor) -> Tensor:
         """How much the divergence at each token counts."""
-        config, device = self._config, log_ratio_N.device
+        settings, device = self._settings, log_ratio_N.device
         log_ratio_BS, mask_BS = batch.by_episode(log_ratio_N)
         turn_BS, _ = batch.by_episode(self._turn_N[batch.index_N].to(device))
-        scheme_N = scheme_weights(config.weight_scheme, log_ratio_BS, turn_BS, mask_BS, self._progress)[mask_BS]
-        return config.divergence_coefficient * self._weights_N[batch.index_N].to(scheme_N) * scheme_N
+        scheme_N = scheme_weights(settings.weight_scheme, log_ratio_BS, turn_BS, mask_BS, self._progress)[mask_BS]
+        return settings.divergence_coefficient * self._weights_N[batch.index_N].to(scheme_N) * scheme_N
 
     def _advantages(self, batch: MicroBatch, log_ratio_N: Tensor, compared: Compared, weights_N: Tensor) -> Tensor:
         """The divergence's share of every token's advantage."""
-        config = self._config
+        settings = self._settings
         log_ratio_BS, mask_BS = batch.by_episode(log_ratio_N)
         baseline_BS = None
-        if config.baseline is Baseline.VALUE and compared.baseline_N is not None:
+        if settings.baseline is Baseline.VALUE and compared.baseline_N is not None:
             baseline_BS, _ = batch.by_episode(compared.baseline_N)
         advantages_BS = advantage(
             log_ratio_BS,
             self._divergence,
-            config.mode,
-            gamma=config.gamma,
+            settings.mode,
+            gamma=settings.gamma,
             mask=mask_BS,
             baseline=baseline_BS,
             weights=batch.by_episode(weights_N)[0],
-            clip_log_ratio=config.clip_log_ratio,
+            clip_log_ratio=settings.clip_log_ratio,
         )
         return advantages_BS[mask_BS]
 
     def _rewards(self, trajectories: Sequence[Trajectory]) -> Tensor:
         """The reward's share of every token's advantage: the same for all tokens of an episode."""
-        samples = self._config.samples_per_problem
+        samples = self._samples
         numbers: dict[tuple[str, int], int] = {}
         groups = [numbers.setdefault((one.example_id, one.sample // samples), len(numbers)) for one in trajectories]
         rewards_E = torch.tensor([float(one.correct) for one in trajectories])
         relative_E = group_relative(rewards_E, torch.tensor(groups, dtype=torch.int64))
         counts_E = torch.tensor([one.num_sampled for one in trajectories], dtype=torch.int64)
-        return self._config.reward_coefficient * relative_E.repeat_interleave(counts_E)
+        return self._settings.reward_coefficient * relative_E.repeat_interleave(counts_E)
 
     def _note(self, batch: MicroBatch, compared: Compared, *others: Tensor) -> None:
         tokens = self.tokens

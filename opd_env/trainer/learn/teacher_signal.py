@@ -2,7 +2,7 @@
 
 Each comparison asks the teacher for what it needs, once per update, and gives one record per micro-batch::
 
-    comparison = make_comparison(config, teacher, divergence, vocab_size)
+    comparison = make_comparison(objective, teacher, divergence, vocab_size, temperature)
     comparison.begin(trajectories)                          # the teacher reads the episodes
     compared = comparison(batch, hidden_NH, head)
     compared.logprobs_N, compared.teacher_logprobs_N
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from opd_env.episode.trajectory import Trajectory
 from opd_env.trainer.batch import Head, MicroBatch
+from opd_env.trainer.learn.settings import ObjectiveSettings
 from opd_env.trainer.math.divergences import Divergence
 from opd_env.trainer.math.logprobs import full_divergence, positions_per_chunk, token_logprobs
 from opd_env.trainer.math.modes import Baseline, Estimator
 from opd_env.trainer.math.topk import topk_divergence
-from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.teachers.base import LogitsTeacher, Teacher, TopKTeacher, by_trajectory
 from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
 
@@ -52,8 +52,8 @@ class Compared:
 class SampledComparison:
     """One log-prob of the teacher per sampled token, asked for once per step."""
 
-    def __init__(self, config: OPDConfig, teacher: Teacher, vocab_size: int) -> None:
-        self._temperature = config.temperature
+    def __init__(self, teacher: Teacher, vocab_size: int, temperature: float) -> None:
+        self._temperature = temperature
         self._teacher = teacher
         self._chunk_size = positions_per_chunk(vocab_size)
 
@@ -77,8 +77,8 @@ class SampledComparison:
 class SpanComparison(SampledComparison):
     """One log-prob of a teacher with another tokenizer per span of sampled tokens."""
 
-    def __init__(self, config: OPDConfig, teacher: CrossTokenizerTeacher, vocab_size: int) -> None:
-        super().__init__(config, teacher, vocab_size)
+    def __init__(self, teacher: CrossTokenizerTeacher, vocab_size: int, temperature: float) -> None:
+        super().__init__(teacher, vocab_size, temperature)
         self._spans = teacher
 
     def begin(self, trajectories: Sequence[Trajectory]) -> None:
@@ -95,17 +95,25 @@ class SpanComparison(SampledComparison):
 class TopKComparison:
     """The teacher's k most likely tokens and a bucket for the rest, asked for once per step."""
 
-    def __init__(self, config: OPDConfig, teacher: TopKTeacher, divergence: Divergence, vocab_size: int) -> None:
-        if config.topk_tokens > vocab_size:
-            raise ValueError(f"topk_tokens={config.topk_tokens} is more than the vocabulary of {vocab_size} tokens")
-        self._config = config
+    def __init__(
+        self,
+        objective: ObjectiveSettings,
+        teacher: TopKTeacher,
+        divergence: Divergence,
+        vocab_size: int,
+        temperature: float,
+    ) -> None:
+        if objective.topk_tokens > vocab_size:
+            raise ValueError(f"topk_tokens={objective.topk_tokens} is more than the vocabulary of {vocab_size} tokens")
+        self._objective = objective
+        self._temperature = temperature
         self._teacher = teacher
         self._divergence = divergence
         self._chunk_size = positions_per_chunk(vocab_size)
 
     def begin(self, trajectories: Sequence[Trajectory]) -> None:
         """The teacher scores a step's episodes."""
-        self._top = self._teacher.score_topk(trajectories, self._config.topk_tokens)
+        self._top = self._teacher.score_topk(trajectories, self._objective.topk_tokens)
         by_trajectory(self._teacher, trajectories, self._top.logprobs_N)  # one per sampled token, or an error
 
     def end(self) -> None:
@@ -113,17 +121,17 @@ class TopKComparison:
 
     def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
         """Compares at a micro-batch's sampled tokens."""
-        config, top, device = self._config, self._top, hidden_NH.device
+        objective, top, device = self._objective, self._top, hidden_NH.device
         scores = topk_divergence(
             hidden_NH,
             head,
             top.topk_ids_NK[batch.index_N].to(device),
             top.topk_logprobs_NK[batch.index_N].to(device),
             self._divergence,
-            config.mode,
+            objective.mode,
             token_ids_N=batch.targets_N,
-            temperature=config.temperature,
-            clip_log_ratio=config.clip_log_ratio,
+            temperature=self._temperature,
+            clip_log_ratio=objective.clip_log_ratio,
             chunk_size=self._chunk_size,
         )
         if scores.logprobs_N is None:
@@ -140,8 +148,16 @@ class TopKComparison:
 class FullComparison:
     """The whole vocabulary: the teacher's hidden states of a step are kept, its logits made beside the student's."""
 
-    def __init__(self, config: OPDConfig, teacher: LogitsTeacher, divergence: Divergence, vocab_size: int) -> None:
-        self._config = config
+    def __init__(
+        self,
+        objective: ObjectiveSettings,
+        teacher: LogitsTeacher,
+        divergence: Divergence,
+        vocab_size: int,
+        temperature: float,
+    ) -> None:
+        self._objective = objective
+        self._temperature = temperature
         self._teacher = teacher
         self._divergence = divergence
         self._chunk_size = positions_per_chunk(vocab_size)
@@ -159,17 +175,17 @@ class FullComparison:
 
     def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
         """Compares at a micro-batch's sampled tokens."""
-        config = self._config
+        objective = self._objective
         scores = full_divergence(
             hidden_NH,
             head,
             self._hidden_NH[batch.index_N].to(hidden_NH.device),
             self._head,
             self._divergence,
-            config.mode,
+            objective.mode,
             token_ids_N=batch.targets_N,
-            temperature=config.temperature,
-            clip_log_ratio=config.clip_log_ratio,
+            temperature=self._temperature,
+            clip_log_ratio=objective.clip_log_ratio,
             chunk_size=self._chunk_size,
         )
         if scores.logprobs_N is None or scores.log_ratio_N is None:
@@ -187,26 +203,28 @@ class FullComparison:
 Comparison = SampledComparison | TopKComparison | FullComparison
 
 
-def make_comparison(config: OPDConfig, teacher: Teacher, divergence: Divergence, vocab_size: int) -> Comparison:
+def make_comparison(
+    objective: ObjectiveSettings, teacher: Teacher, divergence: Divergence, vocab_size: int, temperature: float
+) -> Comparison:
     """The cheapest comparison that gives what the estimator and the baseline need.
 
     Raises:
         ValueError: the teacher cannot give it.
     """
     if isinstance(teacher, CrossTokenizerTeacher):
-        return SpanComparison(config, teacher, vocab_size)
-    if config.estimator is Estimator.SAMPLED and config.baseline is Baseline.NONE:
-        return SampledComparison(config, teacher, vocab_size)
-    if isinstance(teacher, LogitsTeacher) and config.estimator is not Estimator.TOPK:
-        return FullComparison(config, teacher, divergence, vocab_size)
-    if isinstance(teacher, TopKTeacher) and config.estimator is not Estimator.FULL:
-        return TopKComparison(config, teacher, divergence, vocab_size)
-    if config.estimator is Estimator.FULL:
+        return SpanComparison(teacher, vocab_size, temperature)
+    if objective.estimator is Estimator.SAMPLED and objective.baseline is Baseline.NONE:
+        return SampledComparison(teacher, vocab_size, temperature)
+    if isinstance(teacher, LogitsTeacher) and objective.estimator is not Estimator.TOPK:
+        return FullComparison(objective, teacher, divergence, vocab_size, temperature)
+    if isinstance(teacher, TopKTeacher) and objective.estimator is not Estimator.FULL:
+        return TopKComparison(objective, teacher, divergence, vocab_size, temperature)
+    if objective.estimator is Estimator.FULL:
         raise ValueError(
             f"estimator=full needs a teacher in this process, {teacher.name} does not give its logits; set "
             "estimator=sampled, or estimator=topk if it gives its most likely tokens"
         )
-    option = "estimator=topk" if config.estimator is Estimator.TOPK else "baseline=value"
+    option = "estimator=topk" if objective.estimator is Estimator.TOPK else "baseline=value"
     raise ValueError(
         f"{option} needs a teacher that gives its most likely tokens, {teacher.name} gives one log-prob per token; "
         "set estimator=sampled and baseline=none"

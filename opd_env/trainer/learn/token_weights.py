@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.rates import NOT_JUDGED
 from opd_env.formats.base import TokenKind
-from opd_env.settings.fields import ConfigError, check_range
+from opd_env.settings.fields import ConfigError, Settings, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,30 +50,29 @@ class Scheme(StrEnum):
     """Tokens count more while little drift has added up before them (arXiv 2606.22600)."""
 
 
-@dataclass(frozen=True)
-class TokenWeights:
+@dataclass(frozen=True, kw_only=True)
+class TokenWeights(Settings):
     """Weights of sampled tokens in the distillation signal. All factors multiply; 1 everywhere changes nothing."""
 
-    text: float = 1.0
+    path = "objective.token_weights"
+    text: float = number(1.0, low=0, high=10)
     """Factor of text outside calls and thinking, 0 to 10."""
-    thinking: float = 1.0
+    thinking: float = number(1.0, low=0, high=10)
     """Factor of thinking, 0 to 10."""
-    tool_call: float = 1.0
+    tool_call: float = number(1.0, low=0, high=10)
     """Factor of tool calls, 0 to 10."""
-    error_turns: float = 1.0
+    error_turns: float = number(1.0, low=0, high=10)
     """Factor of turns with a failed call, 0 to 10; 0 drops them."""
-    turn_decay: float = 1.0
+    turn_decay: float = number(1.0, above=0, high=1)
     """Factor per further turn of the episode, above 0 up to 1."""
-    token_decay: float = 1.0
+    token_decay: float = number(1.0, above=0, high=1)
     """Factor per further sampled token of the episode, above 0 up to 1."""
 
-    def __post_init__(self) -> None:
-        for name in ("text", "thinking", "tool_call", "error_turns"):
-            check_range(self, name, 0, 10, prefix="weights.")
-        for name in ("turn_decay", "token_decay"):
-            check_range(self, name, 0, 1, exclusive=True, prefix="weights.")
+    def check(self) -> None:
+        """Refuses weights under which nothing counts."""
         if self.text == self.thinking == self.tool_call == 0:
-            raise ConfigError("weights.text, weights.thinking and weights.tool_call are all 0: nothing would be learnt")
+            names = " and ".join(self.key(name) for name in ("text", "thinking", "tool_call"))
+            raise ConfigError(f"{names} are all 0: nothing would be learnt")
 
     @property
     def known_before_the_token(self) -> bool:

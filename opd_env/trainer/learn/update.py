@@ -29,7 +29,7 @@ from torch import Tensor
 from opd_env.errors import TrainingError
 from opd_env.trainer.batch import Head, MicroBatch, PolicyModule, Row, make_batch, num_sampled, pack
 from opd_env.trainer.learn.parallel import parallel_of, trained
-from opd_env.trainer.run.config import Schedule
+from opd_env.trainer.learn.settings import Schedule
 
 Objective = Callable[[MicroBatch, Tensor, Head, float], Tensor]
 """Called with a micro-batch, its hidden states ``[N, H]``, the head, and what to divide the sum by."""

@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 
 from opd_env.episode.files import UNFINISHED, explained
 from opd_env.evaluation.settings import installed_versions
-from opd_env.settings.fields import ConfigError, to_dict
+from opd_env.settings.fields import ConfigError, flat_dict
 from opd_env.tasks import Task
 from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.run.processes import on_main
@@ -99,7 +99,7 @@ def facts_of(config: OPDConfig, parts: Parts) -> dict[str, str]:
     first = parts.task[0]
     prompt = parts.chat.render_prompt(first.messages)
     return {
-        **{f"setting {name}": str(value) for name, value in to_dict(config).items() if name != "output"},
+        **{f"setting {name}": str(value) for name, value in flat_dict(config).items() if name != "run.output"},
         **{
             f"version of {package}": version for package, version in installed_versions().items() if package != "python"
         },

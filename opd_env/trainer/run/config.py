@@ -2,56 +2,38 @@
 
 Worked example::
 
-    config = OPDConfig(student="packaged:student", teacher="packaged:teacher", task="arithmetic", steps=20)
-    config = load_config(["configs/demo.yaml", "--divergence", "jsd", "--limits.max_turns", "4"])
+    config = load_config(["configs/demo.yaml", "--objective.divergence", "jsd", "--sampling.limits.max_turns", "4"])
+    config.objective.divergence, config.run.steps
 
-Settings that cannot give a right run are refused here with the reason; ``opd_env.settings.fields`` reads them.
+Settings stand in groups, each checked beside its fields (``trainer.teachers.settings``, ``trainer.learn.settings``,
+and below); what no group can decide alone is refused at the end of this file, with the reason.
 
 Test it alone: ``pytest tests/trainer/run/test_config.py``
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
-from opd_env.episode.limits import RolloutLimits
-from opd_env.settings.fields import ConfigError, check_range, choose, fingerprint
+from opd_env.episode.settings import ModelFields, Precision, SamplingFields, TaskFields
+from opd_env.settings.fields import ConfigError, Settings, fingerprint, number
 from opd_env.settings.read import configure
-from opd_env.trainer.learn.token_weights import Scheme, TokenWeights
-from opd_env.trainer.math.modes import Baseline, Estimator, Mode, RatioPolicy
-from opd_env.trainer.run.contradictions import refuse_contradictions
+from opd_env.trainer.learn.settings import ObjectiveSettings, OptimizerSettings
+from opd_env.trainer.math.modes import Estimator, RatioPolicy
+from opd_env.trainer.teachers.settings import TeacherEngine, TeacherSettings
 
-UNHASHED = ("output", "resume", "trackers", "checkpoint_every", "checkpoint_keep", "ray_address", "teacher_offload")
+UNHASHED = (
+    "run.output", "run.resume", "run.trackers", "run.checkpoint_every", "run.checkpoint_keep", "ray_address",
+    "teacher.offload",
+)  # fmt: skip
 """Settings that change where and how often things are written, but no number: not in ``config_hash``."""
 
-
-class TeacherEngine(StrEnum):
-    """What runs teachers that are models rather than URLs."""
-
-    LOCAL = "local"
-    """Transformers."""
-    VLLM = "vllm"
-    """vLLM in this process."""
-
-
-class Schedule(StrEnum):
-    """Learning rate after the warm-up."""
-
-    CONSTANT = "constant"
-    LINEAR = "linear"
-    """Straight down to 0 at the last step."""
-    COSINE = "cosine"
-    """Half a cosine down to 0 at the last step."""
-
-
-class Precision(StrEnum):
-    """Number format of the weights."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
+_OFF_POLICY = (
+    "it would make the rollouts off-policy (OPD needs samples from the full distribution), so it is no setting; leave "
+    "it out"
+)
 
 
 class Resume(StrEnum):
@@ -63,177 +45,113 @@ class Resume(StrEnum):
     """Remove it and start anew."""
 
 
-@dataclass(frozen=True)
-class LoRASettings:
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings(Settings):
     """Train low-rank adapters (peft) instead of all weights."""
 
-    rank: int = 16
+    path = "student.lora"
+    rank: int = number(16, low=1, high=1024)
     """Rank of the adapters, 1 to 1024."""
-    alpha: float = 32.0
+    alpha: float = number(32.0, above=0)
     """Scale: the adapter's output is multiplied by alpha / rank; above 0."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the layers that get an adapter; all-linear means every linear layer but the head."""
 
-    def __post_init__(self) -> None:
-        check_range(self, "rank", 1, 1024, prefix="lora.")
-        check_range(self, "alpha", 0, exclusive=True, prefix="lora.")
+    def check(self) -> None:
+        """Refuses adapters of nothing."""
         if not self.targets:
-            raise ConfigError("lora.targets is empty; name layers, or all-linear")
+            raise ConfigError("student.lora.targets is empty; name layers, or all-linear")
 
 
-@dataclass(frozen=True)
-class OPDConfig:
-    """Settings of one on-policy distillation run.
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings(ModelFields):
+    """The model to train."""
 
-    Raises:
-        ConfigError: a value out of range, or settings that cannot give a right run together.
-    """
-
-    student: str
-    """The model to train: packaged:student, a folder, a hub id, or smollm2."""
-    teacher: str
-    """The model that scores the student's tokens, or the URLs of vLLM servers that serve it, as a,b.
-    The student's own name means its initial weights."""
-    task: str
-    """Registered name of the task to train and evaluate on."""
-    task_options: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the task, such as a data file or difficulty levels."""
-    split: str = "train"
-    """Split to train on; the task must allow training on it."""
-    tools: tuple[str, ...] | None = None
-    """Names of the tools offered to the student; null takes the task's own."""
-    imports: tuple[str, ...] = ()
-    """Python files to run first, so that their @tool, @register_task and register_divergence take effect."""
-    chat_format: str | None = None
-    """Name of the chat format; null finds it from the tokenizer's template."""
-    repair_calls: bool = False
-    """Put small faults of calls right when they are read, and count each; scores then hold calls that were faulty."""
-    mcp_servers: Mapping[str, Any] = field(default_factory=dict)
-    """MCP servers whose tools can be named in ``tools``: by a name of your choice, the options of ``mount_mcp``, such
-    as ``{shop: {server: [python, shop.py]}}``."""
-    ray_address: str | None = None
-    """A Ray cluster to run the processes of tools in, such as auto or host:port; null runs them on this machine."""
-    teacher_demonstrations: int = 0
-    """Worked examples of the task put into the teacher's prompt only, 0 to 64 (self-distillation)."""
-    teacher_sees_answer: bool = False
-    """The gold answer stands at the end of the question in the teacher's prompt only (self-distillation)."""
-    teacher_routes: Mapping[str, str] = field(default_factory=dict)
-    """Other teachers (models or servers) by the name of a tool that a problem offers, or of its task. Not for
-    estimator=full."""
-    teacher_mixture: Mapping[str, float] = field(default_factory=dict)
-    """Teachers (models or servers, ``teacher`` among them) that are one by the weighted mean of their distributions:
-    weights above 0 with a sum of 1. Empty: ``teacher`` alone."""
-    teacher_engine: TeacherEngine = TeacherEngine.LOCAL
-    """What runs teachers that are models: local (transformers), or vllm (in this process; not for estimator=full)."""
-    teacher_offload: bool = False
-    """Keep teachers in CPU memory while they do not score, one of several on the accelerator at a time."""
-    cross_tokenizer: bool = False
-    """The teacher has another tokenizer: compare on spans of text that both cut alike (sampled estimator)."""
-    teacher_cache: str | None = None
-    """Folder in which the teacher's log-probs are kept and found again; null keeps none. Not for estimator=full."""
-
-    divergence: str = "reverse_kl"
-    """Name of the f-divergence between teacher and student."""
-    divergence_options: Mapping[str, float] = field(default_factory=dict)
-    """Parameters of the divergence, such as alpha or beta."""
-    mode: Mode = Mode.OPD_PLUS_CENTRED
-    """The advantage: the paper's corrected one, its centred form, or the biased stop-gradient one."""
-    estimator: Estimator = Estimator.FULL
-    """full sums over the vocabulary, topk over the teacher's top k; sampled uses one teacher log-prob per token."""
-    topk_tokens: int = 32
-    """The teacher's most likely tokens that estimator=topk sums over, 1 or more; the rest is one bucket."""
-    baseline: Baseline = Baseline.NONE
-    """value subtracts E_p[w_f(u)] from a token's weight: less noise (sampled estimator, not mode=opd)."""
-    gamma: float = 0.0
-    """Discount of later tokens' divergence in a token's advantage, 0 to 1 (sampled estimator)."""
-    ratio_policy: RatioPolicy = RatioPolicy.ROLLOUT
-    """The student that the teacher is compared with where the one that sampled is older: updates_per_step above 1, or
-    rollout_ahead (sampled estimator)."""
-    clip_log_ratio: float | None = None
-    """Bound on |log u| in nats, above 0; null does not clip."""
-    clip_ratio: float | None = None
-    """PPO clip of the importance ratio to 1 ± this, 0 to 1; null does not clip (sampled estimator)."""
-    truncate_weight: float | None = None
-    """Upper bound on the importance ratio, at least 1; null does not bound (sampled estimator)."""
-    divergence_coefficient: float = 1.0
-    """Factor of the distillation signal, 0 or more; 0 learns from the reward alone."""
-    weights: TokenWeights = field(default_factory=TokenWeights)
-    """How much each token counts in the distillation signal: by kind, turn, place or failed calls."""
-    weight_scheme: Scheme = Scheme.NONE
-    """Further weights as a paper proposes them: sod (by turn drift), turn_opd (equal turns), iw_opd (early tokens)."""
-    reward_coefficient: float = 0.0
-    """Factor of the task reward (1 for a solved problem), relative to a problem's other samples; 0 or more."""
-
-    steps: int = 100
-    """Rollout-and-update rounds, 1 or more."""
-    episodes_per_step: int = 64
-    """Episodes sampled per step over all processes, 1 or more."""
-    samples_per_problem: int = 1
-    """Episodes of the same problem within a step, 1 or more; must divide episodes_per_step."""
-    updates_per_step: int = 1
-    """Optimiser updates per step, each on its own share of the problems; 1 or more."""
-    tokens_per_microbatch: int = 8192
-    """Padded tokens in one forward and backward pass, 1 or more; memory and padding, not results, depend on it. Of a
-    longer row, or of rows of an episode that must be seen together, there is one at a time."""
-    gradient_checkpointing: bool = False
-    """Compute every layer again in the backward pass instead of keeping it: less memory, a third more work."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW, above 0."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, 0 or more."""
-    warmup_steps: int = 0
-    """Optimiser updates over which the learning rate rises from 0; 0 or more."""
-    schedule: Schedule = Schedule.CONSTANT
-    """Learning rate after the warm-up."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm, above 0."""
+    path = "student"
     lora: LoRASettings | None = None
     """Train low-rank adapters instead of all weights; null trains all weights."""
-    sft_steps: int = 0
-    """Supervised steps on expert episodes before distillation, 0 or more."""
-    sft_learning_rate: float = 1e-3
-    """Learning rate of these steps, above 0."""
-    dtype: Precision = Precision.FLOAT32
-    """Number format of the student's weights."""
-    teacher_dtype: Precision = Precision.FLOAT32
-    """Number format of the teacher's weights."""
-    seed: int = 0
-    """Seed of sampling, problem order and initial adapters, 0 or more."""
+    gradient_checkpointing: bool = False
+    """Compute every layer again in the backward pass instead of keeping it: less memory, a third more work."""
 
-    temperature: float = 1.0
+    def check(self) -> None:
+        """Refuses weights in which small gradients become 0."""
+        super().check()
+        if self.dtype is Precision.FLOAT16:
+            raise ConfigError("student.dtype=float16 loses small gradients; set bfloat16 or float32 to train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(SamplingFields):
+    """How the student's episodes are played."""
+
+    path = "sampling"
+    episodes_per_step: int = number(64, low=1)
+    """Episodes sampled per step over all processes, 1 or more."""
+    samples_per_problem: int = number(1, low=1)
+    """Episodes of the same problem within a step, 1 or more; must divide episodes_per_step."""
+    temperature: float = number(1.0, above=0, high=2)
     """Sampling temperature of rollouts, above 0 up to 2; student and teacher are scored at the same one."""
-    top_p: float = 1.0
-    """Must be 1: on-policy distillation needs samples from the full distribution."""
-    top_k: int = 0
-    """Must be 0 (off), for the same reason."""
-    limits: RolloutLimits = field(default_factory=RolloutLimits)
-    """Budgets of an episode."""
-    engine: str = "local"
-    """What samples the episodes: local (transformers), vllm (in this process), or URLs of vLLM servers, as a,b."""
-    vllm_options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of every vllm.LLM in this process, such as ``{gpu_memory_utilization: 0.3}``."""
-    concurrent_episodes: int = 64
-    """Episodes that the engine plays side by side, 1 or more; memory grows with it."""
-    tool_workers: int = 0
+    tool_workers: int = number(0, low=0)
     """Threads that run tools; 0 runs them in turn, so that a run can be repeated to the bit."""
     rollout_ahead: bool = False
     """Sample the next step's episodes with the weights of now, while this step's are learnt from: a step off-policy."""
-    max_logprob_gap: float = 0.05
+    max_logprob_gap: float = number(0.05, above=0)
     """Warn when sampler and trainer log-probs of a token differ by more on average; nats, above 0."""
 
-    eval_every: int = 0
+    def check(self) -> None:
+        """Refuses samples that do not divide the step."""
+        super().check()
+        if self.episodes_per_step % self.samples_per_problem:
+            raise ConfigError(
+                f"sampling.episodes_per_step={self.episodes_per_step} is not a multiple of "
+                f"sampling.samples_per_problem={self.samples_per_problem}; change one"
+            )
+
+    @property
+    def problems_per_step(self) -> int:
+        """Problems that a step plays, each ``samples_per_problem`` times."""
+        return self.episodes_per_step // self.samples_per_problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Settings):
+    """How the student is scored on problems that it does not train on."""
+
+    path = "evaluation"
+    every: int = number(0, low=0)
     """Steps between evaluations; 0 evaluates only before and after training."""
-    eval_problems: int = 200
+    problems: int = number(200, low=1)
     """Problems per evaluation, the first of the split; 1 or more."""
-    eval_split: str = "test"
+    split: str = "test"
     """Split to evaluate on; never the one trained on."""
-    eval_samples: int = 1
+    samples: int = number(1, low=1)
     """Episodes per problem in an evaluation, 1 or more."""
-    eval_temperature: float = 0.0
+    temperature: float = number(0.0, low=0, high=2)
     """Sampling temperature of evaluations, 0 (greedy) to 2."""
-    checkpoint_every: int = 25
+
+    def check(self) -> None:
+        """Refuses samples that would all be the same."""
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"evaluation.samples={self.samples} of greedy decoding would all be the same; set "
+                "evaluation.temperature, or evaluation.samples=1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """How long a run is, and what it writes."""
+
+    path = "run"
+    steps: int = number(100, low=1)
+    """Rollout-and-update rounds, 1 or more."""
+    sft_steps: int = number(0, low=0)
+    """Supervised steps on expert episodes before distillation, 0 or more."""
+    seed: int = number(0, low=0)
+    """Seed of sampling, problem order and initial adapters, 0 or more."""
+    checkpoint_every: int = number(25, low=0)
     """Steps between checkpoints; 0 writes one at the end only."""
-    checkpoint_keep: int = 2
+    checkpoint_keep: int = number(2, low=1)
     """Checkpoints kept, the newest; 1 or more."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow."""
@@ -242,44 +160,44 @@ class OPDConfig:
     resume: Resume = Resume.AUTO
     """auto continues the run in the output folder; never removes it and starts anew."""
 
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("mode", Mode), ("estimator", Estimator), ("baseline", Baseline), ("ratio_policy", RatioPolicy),
-            ("weight_scheme", Scheme), ("schedule", Schedule), ("dtype", Precision), ("teacher_dtype", Precision),
-            ("resume", Resume), ("teacher_engine", TeacherEngine),
-        ):  # fmt: skip
-            object.__setattr__(self, name, choose(name, getattr(self, name), choices))
-        for name in ("student", "teacher", "task", "split", "eval_split", "divergence", "output"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is empty; set it")
-        for name in (
-            "steps", "episodes_per_step", "samples_per_problem", "updates_per_step", "tokens_per_microbatch",
-            "concurrent_episodes", "eval_problems", "eval_samples", "checkpoint_keep", "topk_tokens",
-        ):  # fmt: skip
-            check_range(self, name, 1)
-        for name in (
-            "weight_decay", "warmup_steps", "sft_steps", "seed", "tool_workers", "eval_every", "checkpoint_every",
-            "divergence_coefficient", "reward_coefficient",
-        ):  # fmt: skip
-            check_range(self, name, 0)
-        for name in ("learning_rate", "sft_learning_rate", "max_grad_norm", "max_logprob_gap"):
-            check_range(self, name, 0, exclusive=True)
-        if self.clip_log_ratio is not None:
-            check_range(self, "clip_log_ratio", 0, exclusive=True)
-        if self.clip_ratio is not None:
-            check_range(self, "clip_ratio", 0, 0.999, exclusive=True)
-        if self.truncate_weight is not None:
-            check_range(self, "truncate_weight", 1)
-        check_range(self, "gamma", 0, 1)
-        check_range(self, "teacher_demonstrations", 0, 64)
-        check_range(self, "temperature", 0, 2, exclusive=True)
-        check_range(self, "eval_temperature", 0, 2)
-        refuse_contradictions(self)
 
-    @property
-    def needs_distributions(self) -> bool:
-        """Whether the teacher's log-prob of the sampled token alone is not enough."""
-        return self.estimator is not Estimator.SAMPLED or self.baseline is Baseline.VALUE
+@dataclass(frozen=True, kw_only=True)
+class OPDConfig(TaskFields):
+    """Settings of one on-policy distillation run.
+
+    Raises:
+        ConfigError: a value out of range, or settings that cannot give a right run together.
+    """
+
+    common = (
+        "student.model", "teacher.model", "task", "task_options", "objective.divergence", "optimizer.learning_rate",
+        "sampling.episodes_per_step", "run.steps", "run.seed", "run.output",
+    )  # fmt: skip
+    refused = {"top_p": _OFF_POLICY, "top_k": _OFF_POLICY}
+
+    task: str
+    """Registered name of the task to train and evaluate on."""
+    split: str = "train"
+    """Split to train on; the task must allow training on it."""
+    student: StudentSettings
+    """The model to train."""
+    teacher: TeacherSettings
+    """Who scores the student's tokens."""
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    """What the student's tokens are rewarded for."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """How episodes are played."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """How the student takes its steps."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """How the student is scored."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """How long the run is, and what it writes."""
+
+    def check(self) -> None:
+        """Refuses what no group can decide alone."""
+        for reason in _contradictions(self):
+            raise ConfigError(reason)
 
     @property
     def config_hash(self) -> str:
@@ -294,3 +212,111 @@ def load_config(arguments: Sequence[str], *, prog: str = "opd-env train") -> OPD
         ConfigError: one sentence on what is wrong and what to write instead.
     """
     return configure(OPDConfig, arguments, prog=prog)
+
+
+def _contradictions(config: OPDConfig) -> Iterator[str]:
+    """Groups that are fine alone and cannot give a right run together: what contradicts what, and what to set."""
+    yield from _counts(config)
+    yield from _teachers(config)
+    yield from _ahead(config)
+    yield from _servers(config)
+
+
+def _counts(config: OPDConfig) -> Iterator[str]:
+    run, sampling, optimizer = config.run, config.sampling, config.optimizer
+    if config.evaluation.split == config.split:
+        yield f"evaluation.split and split are both {config.split!r}; evaluate on a split that is not trained on"
+    if optimizer.updates_per_step > sampling.problems_per_step:
+        yield (
+            f"optimizer.updates_per_step={optimizer.updates_per_step} is more than the {sampling.problems_per_step} "
+            "problems of a step; every update needs one"
+        )
+    updates = run.steps * optimizer.updates_per_step
+    if optimizer.warmup_steps > updates:
+        yield f"optimizer.warmup_steps={optimizer.warmup_steps} is more than the run's {updates} updates; lower it"
+    if config.objective.reward_coefficient > 0 and sampling.samples_per_problem == 1:
+        yield (
+            f"objective.reward_coefficient={config.objective.reward_coefficient} compares a problem's samples with "
+            "each other, and sampling.samples_per_problem=1 leaves nothing to compare; set it to 4 or more"
+        )
+
+
+def _teachers(config: OPDConfig) -> Iterator[str]:
+    """What the teacher must give for the objective, and cannot."""
+    teacher, objective = config.teacher, config.objective
+    if objective.estimator is Estimator.FULL and (teacher.routes or teacher.cache):
+        name = "routes" if teacher.routes else "cache"
+        yield (
+            f"teacher.{name} is for log-probs, and objective.estimator=full takes one teacher's logits of every token; "
+            "set objective.estimator=topk or sampled"
+        )
+    if teacher.cross_tokenizer and objective.estimator is not Estimator.SAMPLED:
+        yield (
+            f"teacher.cross_tokenizer compares spans of text, and objective.estimator={objective.estimator} needs one "
+            "vocabulary; set objective.estimator=sampled"
+        )
+    plain = ObjectiveSettings()
+    for name in ("baseline", "gamma", "weight_scheme") if teacher.cross_tokenizer else ():
+        if getattr(objective, name) != getattr(plain, name):
+            yield (
+                f"objective.{name}={getattr(objective, name)} does not work with teacher.cross_tokenizer, which judges "
+                f"spans of text; leave objective.{name} out"
+            )
+    if teacher.mixture and objective.needs_distributions and teacher.outside:
+        option = "baseline=value" if objective.estimator is Estimator.SAMPLED else f"estimator={objective.estimator}"
+        yield (
+            f"objective.{option} needs the whole distribution of the teacher.mixture, and vLLM gives few tokens of "
+            "each member; set objective.estimator=sampled and objective.baseline=none, or teacher.engine=local and "
+            "models instead of URLs"
+        )
+    if teacher.outside and objective.estimator is Estimator.FULL:
+        yield (
+            "objective.estimator=full needs the teacher's logits, and vLLM gives log-probs of few tokens; set "
+            "objective.estimator=sampled, or topk with objective.topk_tokens up to a server's --max-logprobs (20 by "
+            "default)"
+        )
+
+
+def _ahead(config: OPDConfig) -> Iterator[str]:
+    """What an importance ratio per token does not correct."""
+    if not config.sampling.rollout_ahead:
+        return
+    objective = config.objective
+    if objective.estimator is Estimator.SAMPLED and objective.ratio_policy is not RatioPolicy.CURRENT:
+        yield (
+            "sampling.rollout_ahead samples with the student of one step before, and objective.ratio_policy=rollout "
+            "would compare the teacher with that one, which biases the update; set objective.ratio_policy=current"
+        )
+    if objective.gamma > 0:
+        yield (
+            f"objective.gamma={objective.gamma} counts the divergence of later tokens, which with "
+            "sampling.rollout_ahead an older student chose, and no ratio of a token corrects that; set "
+            "objective.gamma=0, or leave sampling.rollout_ahead out"
+        )
+    if config.teacher.cross_tokenizer:
+        yield (
+            "teacher.cross_tokenizer compares spans of tokens, and the ratio of a token does not correct that an older "
+            "student chose the others; leave sampling.rollout_ahead or teacher.cross_tokenizer out"
+        )
+    if config.sampling.engine == config.teacher.engine == TeacherEngine.VLLM:
+        yield (
+            "sampling.rollout_ahead with sampling.engine=vllm and teacher.engine=vllm would run two vLLM at once in "
+            "one process, which share state; put one of them behind a server, or leave sampling.rollout_ahead out"
+        )
+
+
+def _servers(config: OPDConfig) -> Iterator[str]:
+    """vLLM reports log-probs at temperature 1 only."""
+    sampling, evaluation = config.sampling, config.evaluation
+    if sampling.engine == "local" and not config.teacher.outside:
+        return
+    if sampling.temperature != 1.0:
+        yield (
+            f"sampling.temperature={sampling.temperature}: vLLM reports log-probs at temperature 1 only; set 1, or "
+            "sampling.engine=local and a local teacher"
+        )
+    if evaluation.temperature not in (0.0, 1.0):
+        yield (
+            f"evaluation.temperature={evaluation.temperature} with sampling.engine={sampling.engine}, "
+            f"teacher.model={config.teacher.model}: vLLM reports log-probs at temperature 1 only; set 0 or 1"
+        )

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 
 from opd_env.episode.files import UNFINISHED, explained, remove_unfinished, whole_or_nothing
 from opd_env.evaluation.run import installed_versions
-from opd_env.settings.fields import ConfigError, build, read_yaml, to_dict, to_yaml
+from opd_env.settings.fields import ConfigError, build, flat_dict, read_yaml, to_yaml
 from opd_env.trainer.run.config import UNHASHED, OPDConfig, Resume
 
 
@@ -41,7 +41,7 @@ class RunFolder:
     """
 
     def __init__(self, config: OPDConfig) -> None:
-        self.path = Path(config.output).expanduser()
+        self.path = Path(config.run.output).expanduser()
         self._config = config
         self._check()
 
@@ -51,7 +51,7 @@ class RunFolder:
         Raises:
             StoreError: the disk is full or the folder cannot be written.
         """
-        if self._config.resume is Resume.NEVER and self.path.exists():
+        if self._config.run.resume is Resume.NEVER and self.path.exists():
             self._remove_run()
         with explained(self.path):
             remove_unfinished(self.path)
@@ -79,7 +79,9 @@ class RunFolder:
         try:
             results: dict[str, Any] = json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"{file} is not JSON ({error}); remove it, or start anew with --resume never") from error
+            raise ConfigError(
+                f"{file} is not JSON ({error}); remove it, or start anew with --run.resume never"
+            ) from error
         return results
 
     def write_json(self, name: str, value: Mapping[str, Any], indent: int | None = 2) -> None:
@@ -122,20 +124,21 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.is_file():
             raise ConfigError(
-                f"output {str(self.path)!r} exists and holds no run (no config.yaml); set another --output"
+                f"output {str(self.path)!r} exists and holds no run (no config.yaml); set another --run.output"
             )
-        if self._config.resume is Resume.NEVER:
+        if self._config.run.resume is Resume.NEVER:
             return
-        there, ours = read_yaml(file), to_dict(self._config)
-        changed = [name for name in ours if name not in UNHASHED and there.get(name) != ours[name]]
+        there = flat_dict(build(OPDConfig, read_yaml(file), source=str(file)))
+        ours = flat_dict(self._config)
+        names = [name for name in dict.fromkeys([*ours, *there]) if name not in UNHASHED]
+        changed = [name for name in names if there.get(name) != ours.get(name)]
         if changed:
-            shown = ", ".join(f"{name} was {there.get(name)!r}, now {ours[name]!r}" for name in changed[:3])
+            shown = ", ".join(f"{name} was {there.get(name)!r}, now {ours.get(name)!r}" for name in changed[:3])
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ConfigError(
-                f"{str(self.path)!r} holds a run with other settings ({shown}{more}); set another --output, or replace "
-                "that run with --resume never"
+                f"{str(self.path)!r} holds a run with other settings ({shown}{more}); set another --run.output, or "
+                "replace that run with --run.resume never"
             )
-        build(OPDConfig, there)
 
 
 def git_state() -> dict[str, str]:

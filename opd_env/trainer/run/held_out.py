@@ -61,23 +61,23 @@ class HeldOut:
         found = {}
         for number, (name, member) in enumerate(teachers.members.items(), start=1):
             folder = TEACHER if number == 1 else f"{TEACHER}_{number}"
-            with member.player(teachers.chat, config.concurrent_episodes) as engine:
+            with member.player(teachers.chat, config.sampling.concurrent_episodes) as engine:
                 found[name] = self.evaluate(folder, engine, name)
-            if config.teacher_mixture:
-                found[name] |= {"weight": config.teacher_mixture[name], "evaluation": folder}
-        return {"teacher": found[config.teacher]} | ({"teachers": found} if len(found) > 1 else {})
+            if config.teacher.mixture:
+                found[name] |= {"weight": config.teacher.mixture[name], "evaluation": folder}
+        return {"teacher": found[config.teacher.model]} | ({"teachers": found} if len(found) > 1 else {})
 
     def during(self, engine: Engine, step: int) -> dict[str, Any]:
         """Evaluates the student between two steps; returns the metrics of it."""
-        found = self.evaluate(f"step_{step:08d}", engine, f"{self._config.student} after {step} steps")
+        found = self.evaluate(f"step_{step:08d}", engine, f"{self._config.student.model} after {step} steps")
         return {f"eval/{name}": found[name] for name in ("accuracy", "tool_call_validity")}
 
     def _play(self, name: str, engine: Engine, model: str) -> EvaluationResult:
         config, parts = self._config, self._parts
-        problems = min(config.eval_problems, len(parts.eval_task))
-        advance = self._display.phase(f"evaluating {name}", problems * config.eval_samples)
+        problems = min(config.evaluation.problems, len(parts.eval_task))
+        advance = self._display.phase(f"evaluating {name}", problems * config.evaluation.samples)
         chat: ChatFormat = parts.chat
-        limits = config.limits
+        limits = config.sampling.limits
         if name.partition("_")[0] == TEACHER:
             chat = parts.teachers.chat
             limits = replace(limits, max_tokens=limits.max_tokens + parts.teachers.extra_tokens)
@@ -86,12 +86,12 @@ class HeldOut:
             engine,
             chat,
             model=model,
-            samples=config.eval_samples,
+            samples=config.evaluation.samples,
             limit=problems,
             tools=config.tools,
             limits=limits,
-            sampling=SamplingParams(temperature=config.eval_temperature),
-            seed=config.seed,
+            sampling=SamplingParams(temperature=config.evaluation.temperature),
+            seed=config.run.seed,
             folder=self._folder.path / "evaluations" / name,
             progress=lambda done, total: advance(done, None),
         )

@@ -39,7 +39,13 @@ class Learner:
         self._config = config
         self._updater = updater
         self._problems = problems
-        self.objective = OPDObjective(config, parts.teachers.scorer, parts.chat.vocab_size)
+        self.objective = OPDObjective(
+            config.objective,
+            parts.teachers.scorer,
+            parts.chat.vocab_size,
+            temperature=config.sampling.temperature,
+            samples_per_problem=config.sampling.samples_per_problem,
+        )
 
     def learn(self, step: int, played: StepEpisodes) -> dict[str, Any]:
         """Lets the teacher score a step's episodes and takes the step's updates. Every process calls it.
@@ -58,9 +64,9 @@ class Learner:
         started = time.perf_counter()
         age = self._updater.updates - played.policy
         teacher_seconds, updates, seen, tokens = 0.0, [], [], []
-        for share in self._problems.shares(step, played.trajectories, self._config.updates_per_step):
+        for share in self._problems.shares(step, played.trajectories, self._config.optimizer.updates_per_step):
             try:
-                self.objective.begin(share, progress=(step + 1) / self._config.steps)
+                self.objective.begin(share, progress=(step + 1) / self._config.run.steps)
                 updates.append(self._updater.update(self.objective.rows, self.objective, self._rate()))
             except (TrainingError, ValueError) as error:
                 raise TrainingError(f"step {step + 1}: {error}") from error
@@ -86,7 +92,7 @@ class Learner:
             "train/grad_norm": max(update.grad_norm for update in updates),
             "train/learning_rate": updates[-1].learning_rate,
             "train/staleness": staleness,
-            **token_metrics(values, first, self._config),
+            **token_metrics(values, first, self._config.objective),
             "time/rollout_s": played.seconds,
             "time/rollout_tail_share": played.tail_seconds / max(played.seconds, 1e-9),
             "time/tools_s": played.tool_seconds,
@@ -95,11 +101,11 @@ class Learner:
         }
 
     def _rate(self) -> float:
-        config = self._config
+        optimizer = self._config.optimizer
         return learning_rate_at(
             self._updater.updates,
-            peak=config.learning_rate,
-            warmup=config.warmup_steps,
-            total=config.steps * config.updates_per_step,
-            schedule=config.schedule,
+            peak=optimizer.learning_rate,
+            warmup=optimizer.warmup_steps,
+            total=self._config.run.steps * optimizer.updates_per_step,
+            schedule=optimizer.schedule,
         )

@@ -2,7 +2,7 @@
 
 Worked example::
 
-    config = OPDConfig(student="packaged:student", teacher="packaged:teacher", task="arithmetic", steps=100)
+    config = load_config(["configs/demo.yaml", "--run.steps", "20"])
     results = OPDTrainer(config).train()
     results["before"]["accuracy"], results["after"]["accuracy"], results["teacher"]["accuracy"]
 
@@ -41,7 +41,7 @@ from opd_env.trainer.run.agreement import facts_of, require_one_folder, require_
 from opd_env.trainer.run.checkpoint import Checkpoints
 from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.run.display import Display, shown_of
-from opd_env.trainer.run.engine_setup import make_engine, require_same_policy, update_engine
+from opd_env.trainer.run.engine import make_engine, require_same_policy, update_engine
 from opd_env.trainer.run.folder import RunFolder, git_state
 from opd_env.trainer.run.heartbeat import Heartbeat
 from opd_env.trainer.run.held_out import HeldOut
@@ -90,25 +90,25 @@ class OPDTrainer:
         require_same(self.accelerator, facts_of(config, parts))
         self.updater = Updater(
             PolicyModule(
-                parts.student.model, parts.chat.vocab_size, gradient_checkpointing=config.gradient_checkpointing
+                parts.student.model, parts.chat.vocab_size, gradient_checkpointing=config.student.gradient_checkpointing
             ),
             self.accelerator,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            tokens_per_microbatch=config.tokens_per_microbatch,
+            weight_decay=config.optimizer.weight_decay,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            tokens_per_microbatch=config.optimizer.tokens_per_microbatch,
         )
         self.problems = StepProblems(
             parts.task,
-            per_step=config.episodes_per_step // config.samples_per_problem,
-            samples=config.samples_per_problem,
-            seed=config.seed,
+            per_step=config.sampling.problems_per_step,
+            samples=config.sampling.samples_per_problem,
+            seed=config.run.seed,
         )
         self.learner = Learner(config, parts, self.updater, self.problems)
         self.engine = make_engine(config, parts.student, parts.chat, self.folder.path / "engine_weights")
         self.rollouts = StepRollouts(
             config, parts, self.engine, self.problems, self.updater, self.folder.path / "trajectories"
         )
-        self.checkpoints = Checkpoints(self.folder.path / "checkpoints", keep=config.checkpoint_keep)
+        self.checkpoints = Checkpoints(self.folder.path / "checkpoints", keep=config.run.checkpoint_keep)
         self.display = Display(console, enabled=self._is_main)
         self.held_out = HeldOut(config, parts, self.folder, self.accelerator, self.display)
         self._gap_warned = False
@@ -142,18 +142,19 @@ class OPDTrainer:
             log_file = self.folder.path / "metrics.jsonl"
             evaluated = step > 0 and any(r["step"] == step and "eval/accuracy" in r for r in read_metrics(log_file))
             log = MetricsLog(log_file, last_step=step) if self._is_main else None
-            advance = self.display.phase("training", config.steps, step)
+            advance = self.display.phase("training", config.run.steps, step)
             aligned, settled = False, True
             try:
-                while step < config.steps:
-                    if config.eval_every and step and step % config.eval_every == 0 and not evaluated:
+                while step < config.run.steps:
+                    if step and self._due(config.evaluation.every, step) and not evaluated:
                         self._log(log, step, self.held_out.during(self.engine, step))
                     evaluated = False
                     began = time.perf_counter()
                     played = self.rollouts.take(step)
                     self._warn_of_failures(step + 1, played)
                     if not aligned:
-                        check_teacher(config, self.parts.teachers, played.trajectories, step)
+                        untrained = None if step or config.run.sft_steps else config.student.model
+                        check_teacher(self.parts.teachers, played.trajectories, untrained)
                         aligned = True
                     with interruption.postponed():
                         settled = False
@@ -163,10 +164,14 @@ class OPDTrainer:
                         self._update_engine()
                         step, settled = step + 1, True
                         self._log(log, step, metrics)
-                        if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                        if step == config.run.steps or (
+                            config.run.checkpoint_every and step % config.run.checkpoint_every == 0
+                        ):
                             self._save(step, time.perf_counter() - started)
                     advance(step, shown_of(metrics))
-                results["after"] = self.held_out.evaluate("after", self.engine, f"{config.student} after {step} steps")
+                results["after"] = self.held_out.evaluate(
+                    "after", self.engine, f"{config.student.model} after {step} steps"
+                )
             except StoppedAtOnce:
                 if not self.heartbeat.ended:
                     self.display.warn(
@@ -200,6 +205,10 @@ class OPDTrainer:
     def _update_engine(self) -> None:
         update_engine(self.engine, self.parts.student.model, self.accelerator)
 
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
     def _learn(self, step: int, played: StepEpisodes) -> dict[str, Any]:
         try:
             metrics = self.learner.learn(step, played)
@@ -212,7 +221,7 @@ class OPDTrainer:
         """What a step of so many seconds took, as metrics; of a rollout ahead, a step takes what it waited for it."""
         ahead = {"time/rollout_s": self.rollouts.waited_seconds, "time/rollout_ahead_s": metrics["time/rollout_s"]}
         return {
-            **(ahead if self.config.rollout_ahead else {}),
+            **(ahead if self.config.sampling.rollout_ahead else {}),
             "time/step_s": seconds,
             "tokens_per_s": metrics["rollout/sampled_tokens"] / seconds,
         }
@@ -221,9 +230,9 @@ class OPDTrainer:
         """Evaluates student and teacher before any step; returns ``results.json`` as it then is."""
         config = self.config
         results: dict[str, Any] = {
-            "before": self.held_out.evaluate("before", self.engine, config.student),
+            "before": self.held_out.evaluate("before", self.engine, config.student.model),
             **self.held_out.of_teachers(),
-            "seed": config.seed,
+            "seed": config.run.seed,
             "config_hash": config.config_hash,
             "versions": installed_versions(),
             **sandbox_levels(config, self.parts.task),
@@ -262,7 +271,7 @@ class OPDTrainer:
         self.accelerator.log(dict(metrics), step=step)
 
     def _finish(self, results: dict[str, Any], seconds: float) -> dict[str, Any]:
-        results |= {"steps": self.config.steps, "seconds": seconds}
+        results |= {"steps": self.config.run.steps, "seconds": seconds}
 
         def write() -> None:
             self.folder.write_json("results.json", results)
@@ -279,11 +288,12 @@ class OPDTrainer:
             self.display.warn(f"step {step}: {len(played.errors)} episodes failed; the first: {error.message}")
 
     def _warn_of_gap(self, step: int, gap: float) -> None:
-        if gap > self.config.max_logprob_gap and not self._gap_warned:
+        if gap > self.config.sampling.max_logprob_gap and not self._gap_warned:
             self._gap_warned = True
             self.display.warn(
-                f"step {step}: sampler and trainer disagree by {gap:.3g} nats per token on average (above "
-                f"max_logprob_gap={self.config.max_logprob_gap}): the update is then off-policy; look at dtype"
+                f"step {step}: sampler and trainer disagree by {gap:.3g} nats per token on average "
+                f"(above sampling.max_logprob_gap={self.config.sampling.max_logprob_gap}): the update is then "
+                "off-policy; look at student.dtype"
             )
 
     def _last_checkpoint(self) -> str:

@@ -30,9 +30,9 @@ from opd_env.evaluation.rates import NEEDS_TOOL, NOT_JUDGED, PARSE_ERRORS
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.formats.base import TokenKind
 from opd_env.trainer.learn.objective import TokenValues
+from opd_env.trainer.learn.settings import ObjectiveSettings
 from opd_env.trainer.math.advantages import clip_fraction
 from opd_env.trainer.math.loss import loss_statistics
-from opd_env.trainer.run.config import OPDConfig
 
 _KINDS = {"text": TokenKind.TEXT, "thinking": TokenKind.THINKING, "tool_call": TokenKind.TOOL_CALL}
 
@@ -78,13 +78,13 @@ def teacher_metrics(trajectories: Sequence[Trajectory], tokens: TokenValues) -> 
     return {f"teacher/{name}": float(kl_N[mask].mean()) for name, mask in groups.items() if mask.any()}
 
 
-def token_metrics(tokens: TokenValues, first: TokenValues | None, config: OPDConfig) -> dict[str, float]:
+def token_metrics(tokens: TokenValues, first: TokenValues | None, objective: ObjectiveSettings) -> dict[str, float]:
     """Entropy, advantages, mean weight, importance ratios, and how far sampler and trainer disagree.
 
     Args:
         tokens: of all updates of a step.
         first: of its first update, for the log-prob gap; None when the student was not the one that sampled any more.
-        config: the bounds in use.
+        objective: the bounds in use.
     """
     everything = torch.ones_like(tokens.logprobs_N, dtype=torch.bool)
     statistics = loss_statistics(
@@ -92,10 +92,10 @@ def token_metrics(tokens: TokenValues, first: TokenValues | None, config: OPDCon
         tokens.behaviour_logprobs_N,
         tokens.advantages_N,
         everything,
-        clip_ratio=config.clip_ratio,
-        truncate_weight=config.truncate_weight,
+        clip_ratio=objective.clip_ratio,
+        truncate_weight=objective.truncate_weight,
     )
-    bound = config.clip_log_ratio
+    bound = objective.clip_log_ratio
     gaps = {}
     if first is not None:
         gap_N = (first.logprobs_N - first.behaviour_logprobs_N).abs()

@@ -100,7 +100,7 @@ class StepRollouts:
         Raises:
             TrainingError: the rollout failed as a whole; raised at the end of the block.
         """
-        if not self._config.rollout_ahead or step >= self._config.steps:
+        if not self._config.sampling.rollout_ahead or step >= self._config.run.steps:
             yield
             return
         cancel = threading.Event()
@@ -129,7 +129,7 @@ class StepRollouts:
             policy: updates that the student with these weights has taken; it may be updated while this runs.
             cancel: see ``rollout``.
         """
-        config, samples = self._config, self._config.samples_per_problem
+        config, samples = self._config, self._config.sampling.samples_per_problem
         with self._writer(step) as writer:
             result = rollout(
                 self._parts.task,
@@ -137,10 +137,10 @@ class StepRollouts:
                 self._parts.chat,
                 episodes=[(index, before * samples + n) for index, before in self._mine(step) for n in range(samples)],
                 tools=config.tools,
-                limits=config.limits,
-                sampling=SamplingParams(temperature=config.temperature),
-                seed=config.seed * 1_000_003 + step,
-                tool_workers=config.tool_workers,
+                limits=config.sampling.limits,
+                sampling=SamplingParams(temperature=config.sampling.temperature),
+                seed=config.run.seed * 1_000_003 + step,
+                tool_workers=config.sampling.tool_workers,
                 on_finished=writer.append,
                 cancel=cancel,
             )
@@ -167,7 +167,7 @@ class StepRollouts:
         head = json.loads((checkpoint.folder / _HEAD).read_text(encoding="utf-8"))
         first = self._updater.accelerator.process_index == 0
         errors = [EpisodeError(**error) for error in head["errors"]] if first else []
-        task, samples = self._parts.task, self._config.samples_per_problem
+        task, samples = self._parts.task, self._config.sampling.samples_per_problem
         mine = {(task[index].id, before) for index, before in self._mine(checkpoint.step)}
         stored = load_trajectories(checkpoint.folder / _EPISODES)
         trajectories = [one for one in stored if (one.example_id, one.sample // samples) in mine]

@@ -17,13 +17,11 @@ import torch
 from opd_env.engines.models import LoadedModel, load_model, without_bars
 from opd_env.errors import unknown
 from opd_env.formats import ChatFormat, TemplateFormat, get_format
-from opd_env.plugins.ray.workers import connect_ray
-from opd_env.settings.fields import ConfigError, import_files, to_dict
+from opd_env.settings.fields import ConfigError, flat_dict
 from opd_env.tasks import Task, load_task, require_trainable
 from opd_env.tools import Toolbox
-from opd_env.tools.mcp.tools import register_mcp_servers
 from opd_env.trainer.run.config import LoRASettings, OPDConfig
-from opd_env.trainer.teachers.make import Single, Teachers, make_teachers
+from opd_env.trainer.teachers.make import Needs, Single, Teachers, make_teachers
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
@@ -68,19 +66,18 @@ def make_parts(
         ValueError: a name is unknown, the split is not for training, or the models do not fit each other.
         ModelUnavailable: a model cannot be loaded.
     """
-    import_files(config.imports)
-    register_mcp_servers(config.mcp_servers)
-    if config.ray_address:
-        connect_ray(config.ray_address)
+    config.register()
     task = load_task(config.task, config.split, **config.task_options)
     require_trainable(task)
-    eval_task = load_task(config.task, config.eval_split, **config.task_options)
-    student = student or load_model(config.student, dtype=config.dtype, device=device)
-    chat = get_format(student.tokenizer, config.chat_format, repair=config.repair_calls)
+    eval_task = load_task(config.task, config.evaluation.split, **config.task_options)
+    student = student or load_model(config.student.model, dtype=config.student.dtype, device=device)
+    chat = get_format(student.tokenizer, config.student.chat_format, repair=config.student.repair_calls)
     _require_room(task, chat, config)
-    teachers = make_teachers(config, [task, eval_task], chat, student, device, teacher)
-    if config.lora is not None:
-        student = LoadedModel(_with_adapters(student.model, config.lora, config.seed), student.tokenizer, student.name)
+    teachers = make_teachers(config.teacher, _needs(config), [task, eval_task], chat, student, device, teacher)
+    if config.student.lora is not None:
+        student = LoadedModel(
+            _with_adapters(student.model, config.student.lora, config.run.seed), student.tokenizer, student.name
+        )
     return Parts(
         task=task,
         eval_task=eval_task,
@@ -90,14 +87,28 @@ def make_parts(
     )
 
 
+def _needs(config: OPDConfig) -> Needs:
+    return Needs(
+        max_tokens=config.sampling.limits.max_tokens,
+        tools=config.tools,
+        chat_format=config.student.chat_format,
+        temperature=config.sampling.temperature,
+        topk_tokens=config.objective.topk_tokens if config.objective.needs_distributions else None,
+        seed=config.run.seed,
+        tokens_per_microbatch=config.optimizer.tokens_per_microbatch,
+        concurrent_episodes=config.sampling.concurrent_episodes,
+        vllm_options=config.sampling.vllm_options,
+    )
+
+
 def _require_room(task: Task, chat: ChatFormat, config: OPDConfig) -> None:
     """Refuses unknown tools, and prompts that leave no room for an answer."""
     with Toolbox(task.tools_of(task[0]) if config.tools is None else config.tools) as toolbox:
         length = len(chat.render_prompt(task[0].messages, toolbox.schemas))
-    if length >= config.limits.max_tokens:
+    if length >= config.sampling.limits.max_tokens:
         raise ConfigError(
-            f"limits.max_tokens={config.limits.max_tokens} leaves no room for an answer: the first prompt of task "
-            f"{config.task} has {length} tokens; raise it"
+            f"sampling.limits.max_tokens={config.sampling.limits.max_tokens} leaves no room for an answer: the first "
+            f"prompt of task {config.task} has {length} tokens; raise it"
         )
 
 
@@ -117,13 +128,15 @@ def make_accelerator(config: OPDConfig) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    for name in config.trackers:
+    for name in config.run.trackers:
         if name not in TRACKERS:
             raise ConfigError(unknown("tracker", name, TRACKERS))
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
-    folders = ProjectConfiguration(project_dir=config.output, logging_dir=f"{config.output}/trackers")
-    accelerator = Accelerator(log_with=list(config.trackers) or None, project_config=folders)
+            raise ConfigError(
+                f"the tracker {name!r} is not installed: pip install {name}, or leave it out of run.trackers"
+            )
+    folders = ProjectConfiguration(project_dir=config.run.output, logging_dir=f"{config.run.output}/trackers")
+    accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_config=folders)
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started > accelerator.num_processes:
         raise ConfigError(
@@ -143,25 +156,26 @@ def make_accelerator(config: OPDConfig) -> Any:
         )
     if accelerator.num_processes > 1:
         _require_whole_vllm(config)
-    problems = config.episodes_per_step // config.samples_per_problem
+    problems = config.sampling.problems_per_step
     if problems < accelerator.num_processes:
         raise ConfigError(
             f"{problems} problems per step do not give each of {accelerator.num_processes} processes one; raise "
-            "episodes_per_step"
+            "sampling.episodes_per_step"
         )
     return accelerator
 
 
 def _require_whole_vllm(config: OPDConfig) -> None:
     """Refuses one vLLM over several training processes: they play different episodes, and it would wait for all."""
-    if "vllm" not in (config.engine, config.teacher_engine):
+    if "vllm" not in (config.sampling.engine, config.teacher.engine):
         return
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        size = config.vllm_options.get(name, 1)
+        size = config.sampling.vllm_options.get(name, 1)
         if size != 1:
             raise ConfigError(
-                f"vllm_options: {name}={size}, but each training process has a vLLM of its own, on its own device; "
-                "leave it out, or name a vLLM server over several devices (engine: URL, teacher: URL)"
+                f"sampling.vllm_options: {name}={size}, but each training process has a vLLM of its own, on its own "
+                "device; leave it out, or name a vLLM server over several devices (sampling.engine: URL, "
+                "teacher.model: URL)"
             )
 
 
@@ -179,9 +193,9 @@ def _require_zero(settings: Any) -> None:
 
 def start_trackers(accelerator: Any, config: OPDConfig) -> None:
     """Starts the trackers of ``make_accelerator``, with the settings as they take them: numbers and text only."""
-    if config.trackers:
+    if config.run.trackers:
         told = {
-            name: value if isinstance(value, int | float) else str(value) for name, value in to_dict(config).items()
+            name: value if isinstance(value, int | float) else str(value) for name, value in flat_dict(config).items()
         }
         accelerator.init_trackers("opd-env", config=told)
 
@@ -210,7 +224,8 @@ def _with_adapters(model: Any, settings: LoRASettings, seed: int) -> Any:
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
         raise ConfigError(
-            f"lora.targets={list(settings.targets)} fits no layer of the student; its linear layers are {linear}"
+            f"student.lora.targets={list(settings.targets)} fits no layer of the student; its linear layers are "
+            f"{linear}"
         ) from error
 
 

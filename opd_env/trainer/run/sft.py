@@ -25,9 +25,10 @@ from opd_env.formats import ChatFormat
 from opd_env.tasks import Task, require_trainable
 from opd_env.tools import Tool
 from opd_env.trainer.batch import Head, MicroBatch, rows_of
+from opd_env.trainer.learn.settings import Schedule
 from opd_env.trainer.learn.update import Update, Updater, learning_rate_at
 from opd_env.trainer.math.logprobs import positions_per_chunk, token_logprobs
-from opd_env.trainer.run.config import OPDConfig, Schedule
+from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.run.display import Display
 from opd_env.trainer.run.problems import problem_at
 from opd_env.trainer.run.setup import Parts
@@ -91,18 +92,18 @@ def sft(
 
 def warm_start(config: OPDConfig, parts: Parts, updater: Updater, display: Display) -> None:
     """The supervised steps that ``config`` asks for before distillation; the optimiser starts anew after them."""
-    if not config.sft_steps:
+    if not config.run.sft_steps:
         return
-    count = min(len(parts.task), config.sft_steps * config.episodes_per_step)
-    experts = expert_trajectories(parts.task, parts.chat, count=count, tools=config.tools, seed=config.seed)
-    advance = display.phase("warm start", config.sft_steps)
+    count = min(len(parts.task), config.run.sft_steps * config.sampling.episodes_per_step)
+    experts = expert_trajectories(parts.task, parts.chat, count=count, tools=config.tools, seed=config.run.seed)
+    advance = display.phase("warm start", config.run.sft_steps)
     steps = sft(
         updater,
         experts,
-        steps=config.sft_steps,
-        episodes_per_step=config.episodes_per_step,
-        learning_rate=config.sft_learning_rate,
-        seed=config.seed,
+        steps=config.run.sft_steps,
+        episodes_per_step=config.sampling.episodes_per_step,
+        learning_rate=config.optimizer.sft_learning_rate,
+        seed=config.run.seed,
     )
     for number, update in enumerate(steps, start=1):
         advance(number, {"loss": f"{update.loss:.3f}"})

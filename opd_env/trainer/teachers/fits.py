@@ -73,7 +73,8 @@ def require_compatible(
         if context_length(loaded) < max_tokens + extra:
             raise ValueError(
                 f"{where}: the {role} reads {context_length(loaded)} tokens at most, its episodes may have "
-                f"{max_tokens + extra}; lower limits.max_tokens" + (" or teacher_demonstrations" if extra else "")
+                f"{max_tokens + extra}; lower sampling.limits.max_tokens"
+                + (" or teacher.demonstrations" if extra else "")
             )
 
 

@@ -2,7 +2,7 @@
 
 Worked example::
 
-    teachers = make_teachers(config, [task, eval_task], chat, student, device)
+    teachers = make_teachers(settings.model, Needs(max_tokens=2048), [task, eval_task], chat, student, device)
     teachers.scorer.score(trajectories)
 
 Test it alone: ``pytest tests/trainer/run/test_setup.py tests/trainer/teachers/test_routing.py``
@@ -11,7 +11,7 @@ Test it alone: ``pytest tests/trainer/run/test_setup.py tests/trainer/teachers/t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -29,7 +29,6 @@ from opd_env.messages import user
 from opd_env.settings.fields import ConfigError
 from opd_env.tasks import Task
 from opd_env.tools import list_tools
-from opd_env.trainer.run.config import OPDConfig, TeacherEngine
 from opd_env.trainer.teachers.base import LocalTeacher, Prompt, Teacher
 from opd_env.trainer.teachers.cache import CachedTeacher
 from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
@@ -39,9 +38,34 @@ from opd_env.trainer.teachers.mixture import LocalMixture, Mixture
 from opd_env.trainer.teachers.prompts import DemonstrationFormat, TaskPrompts, play_demonstrations
 from opd_env.trainer.teachers.routing import NameRoute, RoutedTeacher
 from opd_env.trainer.teachers.served import ServerTeacher, VLLMTeacher
+from opd_env.trainer.teachers.settings import TeacherEngine, TeacherSettings
 
 Single = LocalTeacher | ServerTeacher | VLLMTeacher
 """A teacher that is one model."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of its teachers: on which episodes, and for what."""
+
+    max_tokens: int
+    """Of an episode, as the student reads it."""
+    tools: tuple[str, ...] | None = None
+    """On offer in the student's episodes; None: the task's own."""
+    chat_format: str | None = None
+    """Name of the student's format, where the settings give it."""
+    temperature: float = 1.0
+    """At which the student samples and the teachers are read."""
+    topk_tokens: int | None = None
+    """How many of a teacher's most likely tokens are asked for; None: log-probs of the sampled tokens will do."""
+    seed: int = 0
+    """Draws the demonstrations."""
+    tokens_per_microbatch: int = 8192
+    """Padded tokens that a local teacher reads at once."""
+    concurrent_episodes: int = 64
+    """Requests to servers, or rows in vLLM, at the same time."""
+    vllm_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of a ``vllm.LLM``."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +97,8 @@ class Teachers:
 
 
 def make_teachers(
-    config: OPDConfig,
+    settings: TeacherSettings,
+    needs: Needs,
     tasks: Sequence[Task],
     chat: TemplateFormat,
     student: LoadedModel,
@@ -83,12 +108,13 @@ def make_teachers(
     """Builds them.
 
     Args:
-        config: all settings.
+        settings: who teaches.
+        needs: what for.
         tasks: the one trained on, then the one evaluated on.
         chat: the student's format.
         student: for the check that the teachers fit.
         device: where they compute.
-        teacher: the model that ``config.teacher`` names, if it is loaded already.
+        teacher: the model that ``settings.model`` names, if it is loaded already.
 
     Raises:
         ValueError: a name is unknown, or a model does not fit the student.
@@ -97,129 +123,131 @@ def make_teachers(
     task, find = tasks[0], ExampleLookup(tasks)
 
     def model(name: str) -> LoadedModel:
-        home = torch.device("cpu") if config.teacher_offload else device
-        if teacher is not None and name == config.teacher:
+        home = torch.device("cpu") if settings.offload else device
+        if teacher is not None and name == settings.model:
             teacher.model.to(home)
             return teacher
-        return load_model(name, dtype=config.teacher_dtype, device=home)
+        return load_model(name, dtype=settings.dtype, device=home)
 
     options: dict[str, Any] = {
-        "temperature": config.temperature,
-        "tokens_per_microbatch": config.tokens_per_microbatch,
+        "temperature": needs.temperature,
+        "tokens_per_microbatch": needs.tokens_per_microbatch,
         "device": device,
     }
-    if config.cross_tokenizer:
-        other = CrossTokenizerTeacher(model(config.teacher), chat, find, config.tools, **options)
-        return Teachers({config.teacher: other.local}, other, other.chat, 0)
+    if settings.cross_tokenizer:
+        other = CrossTokenizerTeacher(model(settings.model), chat, find, needs.tools, **options)
+        return Teachers({settings.model: other.local}, other, other.chat, 0)
     teacher_chat: ChatFormat = chat
     prompt, extra = None, 0
-    if config.teacher_demonstrations:
-        played = play_demonstrations(
-            task, chat, count=config.teacher_demonstrations, tools=config.tools, seed=config.seed
-        )
+    if settings.demonstrations:
+        played = play_demonstrations(task, chat, count=settings.demonstrations, tools=needs.tools, seed=needs.seed)
         teacher_chat = demonstrations = DemonstrationFormat(chat, played)
         extra = demonstrations.longest
-        prompt = TaskPrompts(find, teacher_chat, config.tools)
-    if config.teacher_sees_answer:
-        plain = TaskPrompts(find, teacher_chat, config.tools)
-        prompt = TaskPrompts(find, teacher_chat, config.tools, answer=True)
+        prompt = TaskPrompts(find, teacher_chat, needs.tools)
+    if settings.sees_answer:
+        plain = TaskPrompts(find, teacher_chat, needs.tools)
+        prompt = TaskPrompts(find, teacher_chat, needs.tools, answer=True)
         extra += max(len(prompt.render(task, one)) - len(plain.render(task, one)) for one in task[:32])
 
     def fits(other: LoadedModel, more: int) -> None:
         require_compatible(
-            student, other, max_tokens=config.limits.max_tokens, teacher_extra_tokens=more,
-            chat_format=config.chat_format,
+            student, other, max_tokens=needs.max_tokens, teacher_extra_tokens=more,
+            chat_format=needs.chat_format,
         )  # fmt: skip
 
     in_vllm: list[VLLMTeacher] = []
 
     @cache
     def single(name: str) -> Single:
-        longest = config.limits.max_tokens + extra
+        longest = needs.max_tokens + extra
         if is_url(name):
-            return _served(name, config, chat, prompt, longest)
-        if config.teacher_engine is TeacherEngine.VLLM:
+            return _served(name, needs, chat, prompt, longest)
+        if settings.engine is TeacherEngine.VLLM:
             if teacher is not None:
-                raise ConfigError("teacher_engine=vllm loads the teacher by its name; hand no loaded model in")
+                raise ConfigError("teacher.engine=vllm loads the teacher by its name; hand no loaded model in")
             fits(load_outline(name), extra + 1)  # vLLM samples a token when it scores
-            in_vllm.append(_in_vllm(name, config, chat, prompt, longest + 1))
+            in_vllm.append(_in_vllm(name, settings, needs, chat, prompt, longest + 1))
             return in_vllm[-1]
         loaded = model(name)
         fits(loaded, extra)
         return LocalTeacher(loaded, vocab_size=chat.vocab_size, prompt=prompt, **options)
 
-    members = {name: single(name) for name in (config.teacher, *config.teacher_mixture)}
-    if config.teacher_mixture:
-        general = _mixture(config, members, device, chat.vocab_size)
+    members = {name: single(name) for name in (settings.model, *settings.mixture)}
+    if settings.mixture:
+        general = _mixture(settings, needs, members, device, chat.vocab_size)
     else:
-        general = _remembering(config, members[config.teacher])
+        general = _remembering(settings, needs, members[settings.model])
     scorer = general
-    if config.teacher_routes:
-        _require_known_routes(config, task)
-        others = {name: _remembering(config, single(model)) for name, model in config.teacher_routes.items()}
-        scorer = RoutedTeacher(general, others, NameRoute(others, find, config.tools))
+    if settings.routes:
+        _require_known_routes(settings, needs, task)
+        others = {name: _remembering(settings, needs, single(model)) for name, model in settings.routes.items()}
+        scorer = RoutedTeacher(general, others, NameRoute(others, find, needs.tools))
     return Teachers(members, scorer, teacher_chat, extra, in_vllm)
 
 
-def _mixture(config: OPDConfig, members: Mapping[str, Single], device: torch.device, vocab_size: int) -> Teacher:
+def _mixture(
+    settings: TeacherSettings, needs: Needs, members: Mapping[str, Single], device: torch.device, vocab_size: int
+) -> Teacher:
     """The members as one. Where log-probs suffice, each remembers its own, so that weights can change."""
-    weights = [config.teacher_mixture[name] for name in members]
-    if not config.needs_distributions:
-        return Mixture([_remembering(config, one) for one in members.values()], weights)
+    weights = [settings.mixture[name] for name in members]
+    if needs.topk_tokens is None:
+        return Mixture([_remembering(settings, needs, one) for one in members.values()], weights)
     local = [one for one in members.values() if isinstance(one, LocalTeacher)]
-    mixture = LocalMixture(local, weights, device=device, vocab_size=vocab_size, temperature=config.temperature)
-    if config.teacher_cache is None:
+    mixture = LocalMixture(local, weights, device=device, vocab_size=vocab_size, temperature=needs.temperature)
+    if settings.cache is None:
         return mixture
-    identity = " + ".join(f"{weight} of {_identity(config, one)}" for weight, one in zip(weights, local, strict=True))
-    return CachedTeacher(mixture, config.teacher_cache, identity, mixture.rows)
+    identity = " + ".join(f"{weight} of {_identity(needs, one)}" for weight, one in zip(weights, local, strict=True))
+    return CachedTeacher(mixture, settings.cache, identity, mixture.rows)
 
 
-def _remembering(config: OPDConfig, one: Single) -> Teacher:
-    if config.teacher_cache is None or not isinstance(one, LocalTeacher):
+def _remembering(settings: TeacherSettings, needs: Needs, one: Single) -> Teacher:
+    if settings.cache is None or not isinstance(one, LocalTeacher):
         return one
-    return CachedTeacher(one, config.teacher_cache, _identity(config, one), one.rows)
+    return CachedTeacher(one, settings.cache, _identity(needs, one), one.rows)
 
 
-def _identity(config: OPDConfig, one: LocalTeacher) -> str:
-    return f"{weights_hash(one.loaded.model)} at temperature {config.temperature}"
+def _identity(needs: Needs, one: LocalTeacher) -> str:
+    return f"{weights_hash(one.loaded.model)} at temperature {needs.temperature}"
 
 
-def _served(urls: str, config: OPDConfig, chat: TemplateFormat, prompt: Prompt | None, longest: int) -> ServerTeacher:
+def _served(urls: str, needs: Needs, chat: TemplateFormat, prompt: Prompt | None, longest: int) -> ServerTeacher:
     """A teacher behind servers, which have been probed."""
-    client = client_of(urls, config.concurrent_episodes)
+    client = client_of(urls, needs.concurrent_episodes)
     teacher = ServerTeacher(client, vocab_size=chat.vocab_size, prompt=prompt)
     if teacher.model.max_context < longest + 1:
         raise ConfigError(
             f"the teacher's server has a context of {teacher.model.max_context}, and episodes with its prompt may have "
-            f"{longest} tokens and one that it samples; raise --max-model-len, or lower limits.max_tokens"
+            f"{longest} tokens and one that it samples; raise --max-model-len, or lower sampling.limits.max_tokens"
         )
     probe_servers(client, chat)
     client.on_return = same_scores(client, chat)
-    if config.needs_distributions:
+    if needs.topk_tokens is not None:
         try:
-            score_tokens(client, teacher.model, chat.render_prompt([user("?")])[:2], [1], config.topk_tokens)
+            score_tokens(client, teacher.model, chat.render_prompt([user("?")])[:2], [1], needs.topk_tokens)
         except RequestRefused as error:
             raise ConfigError(
-                f"the teacher's server does not give topk_tokens={config.topk_tokens} ({error}); start it with "
-                f"--max-logprobs {config.topk_tokens}, or lower topk_tokens"
+                f"the teacher's server does not give objective.topk_tokens={needs.topk_tokens} ({error}); start it "
+                f"with --max-logprobs {needs.topk_tokens}, or lower objective.topk_tokens"
             ) from error
     return teacher
 
 
-def _in_vllm(name: str, config: OPDConfig, chat: TemplateFormat, prompt: Prompt | None, context: int) -> VLLMTeacher:
+def _in_vllm(
+    name: str, settings: TeacherSettings, needs: Needs, chat: TemplateFormat, prompt: Prompt | None, context: int
+) -> VLLMTeacher:
     """A teacher that vLLM runs in this process, which has been probed."""
     engine = VLLMEngine(
-        name, chat.stop_token_ids, chat.vocab_size, capacity=config.concurrent_episodes, max_context=context,
-        dtype=config.teacher_dtype, **{"max_logprobs": max(20, config.topk_tokens), **config.vllm_options},
+        name, chat.stop_token_ids, chat.vocab_size, capacity=needs.concurrent_episodes, max_context=context,
+        dtype=settings.dtype, **{"max_logprobs": max(20, needs.topk_tokens or 0), **needs.vllm_options},
     )  # fmt: skip
     probe_vllm(engine, chat)
     return VLLMTeacher(engine, vocab_size=chat.vocab_size, prompt=prompt)
 
 
-def _require_known_routes(config: OPDConfig, task: Task) -> None:
+def _require_known_routes(settings: TeacherSettings, needs: Needs, task: Task) -> None:
     """Refuses a route that no problem could take."""
-    offered = config.tools if config.tools is not None else task.tools
+    offered = needs.tools if needs.tools is not None else task.tools
     known = [task.name, *(tool if isinstance(tool, str) else tool.name for tool in offered), *list_tools()]
-    for name in config.teacher_routes:
+    for name in settings.routes:
         if name not in known:
-            raise ConfigError(f"teacher_routes: {unknown('tool or task of this run', name, dict.fromkeys(known))}")
+            raise ConfigError(f"teacher.routes: {unknown('tool or task of this run', name, dict.fromkeys(known))}")

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd_env.episode.trajectory import Trajectory
-from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
 from opd_env.trainer.teachers.make import Teachers
 
@@ -34,14 +33,13 @@ _ENOUGH = 100
 """Pairs of tokens below which nothing is concluded."""
 
 
-def check_teacher(config: OPDConfig, teachers: Teachers, trajectories: Sequence[Trajectory], step: int) -> None:
+def check_teacher(teachers: Teachers, trajectories: Sequence[Trajectory], untrained: str | None = None) -> None:
     """Applies ``require_aligned`` to the first episodes that a run plays, for every teacher that scores them.
 
     Args:
-        config: all settings.
         teachers: of the run. Scores of a teacher with another tokenizer are sums over spans, and are left alone.
         trajectories: played before the first update of this process.
-        step: steps that are done; after the first the student is no longer what it was.
+        untrained: the student's model, if the student is still as it was loaded; a teacher of that name is its copy.
 
     Raises:
         ValueError: see ``require_aligned``.
@@ -49,10 +47,9 @@ def check_teacher(config: OPDConfig, teachers: Teachers, trajectories: Sequence[
     if isinstance(teachers.scorer, CrossTokenizerTeacher):
         return
     first = list(trajectories[:_EPISODES])
-    changed = step or config.sft_steps or teachers.extra_tokens
     for name, member in teachers.members.items():
-        same = config.student == name and not changed
-        require_aligned(name, first, member.score(first), same_model=same)
+        same_model = name == untrained and not teachers.extra_tokens
+        require_aligned(name, first, member.score(first), same_model=same_model)
     require_aligned(teachers.scorer.name, first, teachers.scorer.score(first))
 
 

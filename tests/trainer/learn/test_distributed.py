@@ -115,7 +115,9 @@ def run_in_two(rank, folder, kind, changes):
 
 
 def small_run(folder, **changes):
-    return toy_config(folder, estimator="sampled", updates_per_step=2, episodes_per_step=6, eval_every=2, **changes)
+    return toy_config(
+        folder, estimator="sampled", updates_per_step=2, episodes_per_step=6, evaluation_every=2, **changes
+    )
 
 
 def steps_of(folder):

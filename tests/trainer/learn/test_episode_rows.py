@@ -25,7 +25,6 @@ from opd_env.messages import user
 from opd_env.tasks import Example, register_task
 from opd_env.trainer import OPDTrainer
 from opd_env.trainer.batch import PolicyModule, pack, rows_of
-from opd_env.trainer.learn.objective import OPDObjective
 from opd_env.trainer.learn.update import Updater
 from opd_env.trainer.math.divergences import get_divergence
 from opd_env.trainer.run.sft import sft, supervised_objective
@@ -40,6 +39,7 @@ from tests.episode.test_user_turns import Talk
 from tests.formats.families import family_tokenizer
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.learn.test_objective import assert_gradients_equal, gradient_of, student, teacher
+from tests.trainer.settings import objective_for
 from tests.trainer.toy import made_trajectory, naive_logprobs, targets_of, toy_config
 
 VOCABULARY = len(tiny_tokenizer())
@@ -264,7 +264,7 @@ def test_the_trainer_gives_the_sampler_s_log_probs_in_every_row(tmp_path):
     torch.testing.assert_close(scorer.score(found), sampled_N, rtol=0, atol=1e-5)
     for estimator in ("full", "sampled"):
         config = toy_config(tmp_path, estimator=estimator, weight_scheme="turn_opd")
-        objective = OPDObjective(config, scorer, chat.vocab_size)
+        objective = objective_for(config, scorer, chat.vocab_size)
         objective.begin(found)
         Updater(PolicyModule(model, chat.vocab_size), Accelerator(), tokens_per_microbatch=500).update(
             objective.rows, objective, 0.0
@@ -281,7 +281,7 @@ def test_a_whole_run_counts_rows_and_keeps_sampler_and_trainer_together(tmp_path
         for seed in (1, 2)
     ]
     config = toy_config(
-        tmp_path / "run", task="toy_talk", steps=2, episodes_per_step=24, samples_per_problem=24, eval_problems=1,
+        tmp_path / "run", task="toy_talk", steps=2, episodes_per_step=24, samples_per_problem=24, evaluation_problems=1,
         limits=RolloutLimits(max_turn_tokens=100, max_tokens=900), learning_rate=1e-2, **settings,
     )  # fmt: skip
     OPDTrainer(config, student=models[0], teacher=models[1], console=Console(file=StringIO())).train()

@@ -9,12 +9,13 @@ from accelerate import Accelerator
 
 from opd_env.errors import TrainingError
 from opd_env.trainer.batch import PolicyModule
-from opd_env.trainer.learn.objective import OPDObjective, TokenValues
+from opd_env.trainer.learn.objective import TokenValues
 from opd_env.trainer.learn.token_weights import TokenWeights
 from opd_env.trainer.learn.update import Updater
 from opd_env.trainer.math.divergences import get_divergence
 from opd_env.trainer.teachers.base import LocalTeacher
 from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.trainer.settings import objective_for
 from tests.trainer.toy import loaded, made_trajectory, naive_logprobs, rows_of, targets_of, toy_config
 
 VOCABULARY = len(tiny_tokenizer())
@@ -34,7 +35,7 @@ def teacher(**keywords):
 
 def gradient_of(config, model, trajectories=TRAJECTORIES, budget=10_000, by=None):
     """What the optimiser sees (by a learning rate of 0 the weights stay), and the objective."""
-    objective = OPDObjective(config, by or teacher(temperature=config.temperature), VOCABULARY)
+    objective = objective_for(config, by or teacher(temperature=config.sampling.temperature), VOCABULARY)
     updater = Updater(PolicyModule(model, VOCABULARY), Accelerator(), tokens_per_microbatch=budget, max_grad_norm=1e9)
     seen = {}
     updater.parallel.optimizer.optimizer.register_step_pre_hook(
@@ -141,18 +142,18 @@ def test_a_remote_teacher_serves_the_sampled_estimator_only(tmp_path):
     expected_N = -2.0 - objective.tokens.behaviour_logprobs_N
     torch.testing.assert_close(objective.tokens.log_ratio_N, expected_N)
     with pytest.raises(ValueError, match="set estimator=sampled"):
-        OPDObjective(toy_config(tmp_path), Remote(), VOCABULARY)
+        objective_for(toy_config(tmp_path), Remote(), VOCABULARY)
 
 
 def test_a_teacher_that_loses_a_token_stops_the_step(tmp_path):
-    objective = OPDObjective(toy_config(tmp_path, estimator="sampled"), Remote(lost=1), VOCABULARY)
+    objective = objective_for(toy_config(tmp_path, estimator="sampled"), Remote(lost=1), VOCABULARY)
     with pytest.raises(TrainingError, match=rf"gave {N - 1} log-probs for {N} sampled tokens"):
         objective.begin(TRAJECTORIES)
 
 
 def test_an_unknown_divergence_is_refused(tmp_path):
     with pytest.raises(ValueError, match="reverse_kl"):
-        OPDObjective(toy_config(tmp_path, divergence="revrse_kl"), Remote(), VOCABULARY)
+        objective_for(toy_config(tmp_path, divergence="revrse_kl"), Remote(), VOCABULARY)
 
 
 def test_joined_values_keep_their_order():
@@ -165,7 +166,7 @@ def test_joined_values_keep_their_order():
 def test_weights_rewards_and_baselines_do_not_depend_on_the_split_into_micro_batches(tmp_path, budget, estimator):
     settings = {
         "estimator": estimator, "divergence": "jsd", "weight_scheme": "sod", "reward_coefficient": 0.5,
-        "weights": TokenWeights(token_decay=0.9), "samples_per_problem": 4, "topk_tokens": 5,
+        "token_weights": TokenWeights(token_decay=0.9), "samples_per_problem": 4, "topk_tokens": 5,
     }  # fmt: skip
     if estimator == "sampled":
         settings |= {"baseline": "value", "gamma": 0.5, "truncate_weight": 2.0}

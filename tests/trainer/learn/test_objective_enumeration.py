@@ -19,6 +19,7 @@ from opd_env.trainer.learn.objective import OPDObjective
 from opd_env.trainer.math.divergences import get_divergence
 from opd_env.trainer.teachers.base import LocalTeacher
 from tests.trainer.counted import VOCABULARY, World, trajectories, transformer
+from tests.trainer.settings import objective_for
 from tests.trainer.toy import toy_config
 
 
@@ -35,7 +36,7 @@ def teacher_of(world: World) -> LocalTeacher:
 
 def objective_of(world: World, teacher: Any = None, **settings: Any) -> OPDObjective:
     settings = {"estimator": "sampled", "samples_per_problem": 2, **settings}
-    return OPDObjective(toy_config("unused", **settings), teacher or teacher_of(world), VOCABULARY)
+    return objective_for(toy_config("unused", **settings), teacher or teacher_of(world), VOCABULARY)
 
 
 def decoder_gradient(world: World, loss: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class MostLikely(OneLogprob):
 
 
 def comparison(teacher, **settings):
-    return make_comparison(toy_config("unused", **settings), teacher, get_divergence("jsd"), VOCABULARY)
+    return make_comparison(toy_config("unused", **settings).objective, teacher, get_divergence("jsd"), VOCABULARY, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from opd_env.tools import ToolErrorKind
 from opd_env.trainer.learn.token_weights import Scheme, TokenWeights, iw_opd, scheme_weights, sod, turn_opd
 from opd_env.trainer.math.advantages import advantage
 from opd_env.trainer.math.divergences import get_divergence
-from opd_env.trainer.run.config import OPDConfig
 from tests.trainer.counted import World, trajectories
 from tests.trainer.learn.test_objective_enumeration import (
     assert_equal_updates,
@@ -23,6 +22,7 @@ from tests.trainer.learn.test_objective_enumeration import (
     expected_update,
     objective_of,
 )
+from tests.trainer.settings import config_of
 from tests.trainer.toy import made_trajectory
 
 PLAIN = {"student": "s", "teacher": "t", "task": "arithmetic", "estimator": "sampled"}
@@ -106,7 +106,7 @@ def test_with_sums_over_outcomes_any_weight_gives_the_weighted_exact_gradient(es
     world = World.make()
     weights = TokenWeights(text=0.5, tool_call=2.0, token_decay=0.8)
     objective = objective_of(
-        world, divergence="jsd", estimator=estimator, topk_tokens=1, weights=weights, weight_scheme=scheme
+        world, divergence="jsd", estimator=estimator, topk_tokens=1, token_weights=weights, weight_scheme=scheme
     )
     update = expected_update(world, objective)
     log_u = objective.tokens.log_ratio_N
@@ -127,7 +127,7 @@ def test_with_sums_over_outcomes_any_weight_gives_the_weighted_exact_gradient(es
 def test_weights_that_the_prefix_decides_leave_the_sampled_estimator_exact(mode, baseline):
     world = World.make()
     weights = TokenWeights(turn_decay=0.5, token_decay=0.8)
-    objective = objective_of(world, divergence="jsd", mode=mode, baseline=baseline, weights=weights)
+    objective = objective_of(world, divergence="jsd", mode=mode, baseline=baseline, token_weights=weights)
     weights_N = torch.cat([torch.from_numpy(weights.of_tokens(one)) for one in trajectories(world)]).double()
     exact = world.objective(get_divergence("jsd"), 0, weights_N=weights_N)
     assert_equal_updates(expected_update(world, objective), decoder_gradient(world, exact))
@@ -145,7 +145,7 @@ def test_with_reward_to_go_later_tokens_count_by_their_own_weight():
         ).double()
         values_BT = values_BT * scale
     exact = (world.probabilities(logprobs_BT) * values_BT.sum(1)).sum()
-    objective = objective_of(world, divergence="jsd", gamma=1.0, weights=weights)
+    objective = objective_of(world, divergence="jsd", gamma=1.0, token_weights=weights)
     assert_equal_updates(expected_update(world, objective), decoder_gradient(world, exact))
 
 
@@ -173,9 +173,13 @@ def test_weights_out_of_range_are_refused(change, reason):
 
 def test_an_advantage_with_a_constant_is_refused_where_the_weight_could_depend_on_the_sample():
     dropped = TokenWeights(error_turns=0.0)
-    for change in ({"weights": dropped}, {"weight_scheme": "sod"}, {"weights": TokenWeights(tool_call=2.0)}):
+    for change in (
+        {"token_weights": dropped},
+        {"weight_scheme": "sod"},
+        {"token_weights": TokenWeights(tool_call=2.0)},
+    ):
         with pytest.raises(ConfigError, match="mode=opd_plus would push the student"):
-            OPDConfig(**PLAIN, mode="opd_plus", **change)
-        OPDConfig(**PLAIN, mode="opd_plus", baseline="value", **change)
-        OPDConfig(**PLAIN, **change)
-    OPDConfig(**PLAIN, mode="opd_plus", weights=TokenWeights(turn_decay=0.5))
+            config_of(**PLAIN, mode="opd_plus", **change)
+        config_of(**PLAIN, mode="opd_plus", baseline="value", **change)
+        config_of(**PLAIN, **change)
+    config_of(**PLAIN, mode="opd_plus", token_weights=TokenWeights(turn_decay=0.5))

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from opd_env.errors import TrainingError
 from opd_env.trainer.batch import PolicyModule
+from opd_env.trainer.learn.settings import Schedule
 from opd_env.trainer.learn.update import Updater, learning_rate_at
-from opd_env.trainer.run.config import Schedule
 from opd_env.trainer.run.sft import supervised_objective
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.toy import made_trajectory, naive_logprobs, row_of, rows_of, targets_of

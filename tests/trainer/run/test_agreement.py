@@ -12,6 +12,7 @@ from opd_env.trainer.run import agreement
 from opd_env.trainer.run.agreement import facts_of, require_one_folder, require_same, weights_sample
 from tests.tiny import tiny_llama
 from tests.trainer.run.test_loop import trainer_of
+from tests.trainer.settings import changed_by
 from tests.trainer.together import ends, together
 from tests.trainer.toy import ToySums, loaded, toy_config
 
@@ -32,8 +33,8 @@ def test_every_setting_version_model_and_problem_counts_but_not_the_path_of_the_
         def __len__(self):
             return 13
 
-    assert changed(replace(config, output="elsewhere")) == []
-    assert changed(replace(config, steps=5)) == ["setting steps"]
+    assert changed(changed_by(config, output="elsewhere")) == []
+    assert changed(changed_by(config, steps=5)) == ["setting run.steps"]
     assert changed(student=loaded(3)) == ["student"]
     assert changed(eval_task=More("test")) == ["held-out problems"]
     assert {"version of torch", "teacher teacher", "task", "tokenizer"} <= facts.keys()
@@ -50,14 +51,14 @@ def test_one_changed_weight_of_those_looked_at_and_any_other_shape_or_type_is_an
 
 
 def test_who_differs_in_what_is_said(monkeypatch):
-    other = "b", {"student": "2", "setting steps": "3"}
+    other = "b", {"student": "2", "setting run.steps": "3"}
     monkeypatch.setattr(agreement, "gather_object", lambda mine: [*mine, other])
     monkeypatch.setattr(agreement.socket, "gethostname", lambda: "a")
     with pytest.raises(
         ConfigError, match=r"process 1 on b has other student than process 0 on a \(student: 2, not 1\)"
     ):
-        require_same(TWO, {"student": "1", "setting steps": "3"})
-    require_same(TWO, {"student": "2", "setting steps": "3"})
+        require_same(TWO, {"student": "1", "setting run.steps": "3"})
+    require_same(TWO, {"student": "2", "setting run.steps": "3"})
 
 
 def test_a_folder_that_another_process_does_not_see_is_refused_and_the_mark_goes(tmp_path, monkeypatch):
@@ -86,7 +87,7 @@ def differing(rank, folder, kind):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("folder", "is not that of process 0 on"), ("settings", "has other setting steps than process 0")],
+    [("folder", "is not that of process 0 on"), ("settings", "has other setting run.steps than process 0")],
 )
 def test_two_processes_that_differ_end_before_the_first_step(tmp_path, kind, said):
     with together(2, tmp_path, differing, tmp_path / "run", kind) as lives:

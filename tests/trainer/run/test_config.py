@@ -1,25 +1,27 @@
 """Settings: files, then options; every mistake is one sentence."""
 
-import dataclasses
 import subprocess
 import sys
 
 import pytest
 
-from opd_env.settings.fields import ConfigError, build, to_dict, to_yaml
+from opd_env.settings.fields import ConfigError, build, outline, to_dict, to_yaml
+from opd_env.trainer.learn.settings import OptimizerSettings
 from opd_env.trainer.learn.token_weights import Scheme, TokenWeights
+from opd_env.trainer.math.modes import Estimator, Mode
 from opd_env.trainer.run import config as config_module
-from opd_env.trainer.run.config import Estimator, LoRASettings, Mode, OPDConfig, Resume, load_config
-
-NAMES = {"student": "s", "teacher": "t", "task": "arithmetic"}
+from opd_env.trainer.run.config import LoRASettings, OPDConfig, Resume, StudentSettings, load_config
+from opd_env.trainer.teachers.settings import TeacherSettings
+from tests.trainer.settings import changed_by, config_of
 
 
 @pytest.fixture
 def run_yaml(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
-        "student: s\nteacher: t\ntask: arithmetic\nlearning_rate: 1e-4\nestimator: sampled\n"
-        "clip_ratio: null\nlimits: {max_turns: 3}\nlora: {rank: 4}\ntask_options: {levels: [1, 2]}\n"
+        "task: arithmetic\ntask_options: {levels: [1, 2]}\nstudent: {model: s, lora: {rank: 4}}\nteacher: {model: t}\n"
+        "optimizer: {learning_rate: 1e-4}\nobjective: {estimator: sampled, clip_ratio: null}\n"
+        "sampling: {limits: {max_turns: 3}}\n"
     )
     return str(file)
 
@@ -34,40 +36,41 @@ def message(arguments):
 
 def test_a_file_fills_nested_settings_and_keeps_other_defaults(run_yaml):
     config = load_config([run_yaml])
-    assert config.learning_rate == 1e-4
-    assert config.estimator is Estimator.SAMPLED
-    assert config.clip_ratio is None
-    assert config.limits.max_turns == 3
-    assert config.limits.max_tokens == OPDConfig(**NAMES).limits.max_tokens
-    assert config.lora == LoRASettings(rank=4)
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.objective.estimator is Estimator.SAMPLED
+    assert config.objective.clip_ratio is None
+    assert config.sampling.limits.max_turns == 3
+    assert config.sampling.limits.max_tokens == config_of().sampling.limits.max_tokens
+    assert config.student.lora == LoRASettings(rank=4)
     assert config.task_options == {"levels": [1, 2]}
 
 
 def test_options_win_over_files_and_later_files_over_earlier_ones(run_yaml, tmp_path):
     second = tmp_path / "second.yaml"
-    second.write_text("steps: 7\nlora: null\nmode: opd\n")
-    config = load_config([run_yaml, str(second), "--mode=opd_plus", "--limits.max_turns", "5"])
-    assert (config.steps, config.lora, config.mode, config.limits.max_turns) == (7, None, Mode.OPD_PLUS, 5)
+    second.write_text("run: {steps: 7}\nstudent: {lora: null}\nobjective: {mode: opd}\n")
+    config = load_config([run_yaml, str(second), "--objective.mode=opd_plus", "--sampling.limits.max_turns", "5"])
+    assert (config.run.steps, config.student.lora) == (7, None)
+    assert (config.objective.mode, config.sampling.limits.max_turns) == (Mode.OPD_PLUS, 5)
 
 
 def test_options_may_use_dashes_lists_and_nested_keys(run_yaml):
     config = load_config(
-        [run_yaml, "--learning-rate", "2e-3", "--tools", "calculator,search", "--lora.alpha", "3",
-         "--divergence_options.alpha", "0.5", "--trackers", "[]", "--resume", "never", "--weights.error_turns", "0",
-         "--weight-scheme", "sod"]
+        [run_yaml, "--optimizer.learning-rate", "2e-3", "--tools", "calculator,search", "--student.lora.alpha", "3",
+         "--objective.divergence_options.alpha", "0.5", "--run.trackers", "[]", "--run.resume", "never",
+         "--objective.token_weights.error_turns", "0", "--objective.weight-scheme", "sod"]
     )  # fmt: skip
-    assert config.learning_rate == 2e-3
+    assert config.optimizer.learning_rate == 2e-3
     assert config.tools == ("calculator", "search")
-    assert config.lora == LoRASettings(rank=4, alpha=3.0)
-    assert config.divergence_options == {"alpha": 0.5}
-    assert config.trackers == ()
-    assert config.resume is Resume.NEVER
-    assert config.weights == TokenWeights(error_turns=0.0)
-    assert config.weight_scheme is Scheme.SOD
+    assert config.student.lora == LoRASettings(rank=4, alpha=3.0)
+    assert config.objective.divergence_options == {"alpha": 0.5}
+    assert config.run.trackers == ()
+    assert config.run.resume is Resume.NEVER
+    assert config.objective.token_weights == TokenWeights(error_turns=0.0)
+    assert config.objective.weight_scheme is Scheme.SOD
 
 
 def test_null_on_the_command_line_is_none(run_yaml):
-    assert load_config([run_yaml, "--lora", "null"]).lora is None
+    assert load_config([run_yaml, "--student.lora", "null"]).student.lora is None
 
 
 def test_yaml_round_trip_gives_the_same_settings_and_hash(run_yaml, tmp_path):
@@ -83,18 +86,18 @@ def test_yaml_round_trip_gives_the_same_settings_and_hash(run_yaml, tmp_path):
 def test_a_chat_format_is_named_and_repairs_are_asked_for(run_yaml):
     before, config = (
         load_config([run_yaml]),
-        load_config([run_yaml, "--chat_format", "llama", "--repair_calls", "true"]),
+        load_config([run_yaml, "--student.chat_format", "llama", "--student.repair_calls", "true"]),
     )
-    assert (before.chat_format, before.repair_calls) == (None, False)
-    assert (config.chat_format, config.repair_calls) == ("llama", True)
+    assert (before.student.chat_format, before.student.repair_calls) == (None, False)
+    assert (config.student.chat_format, config.student.repair_calls) == ("llama", True)
     assert build(OPDConfig, to_dict(config)) == config
     assert config.config_hash != before.config_hash
-    assert "did you mean 'hermes'?" in message([run_yaml, "--chat_format", "hermess"])
+    assert "did you mean 'hermes'?" in message([run_yaml, "--student.chat_format", "hermess"])
 
 
 def test_the_hash_ignores_where_things_are_written_and_nothing_else():
-    config = OPDConfig(**NAMES)
-    same = dataclasses.replace(config, output="runs/other", checkpoint_every=1, trackers=())
+    config = config_of()
+    same = changed_by(config, output="runs/other", checkpoint_every=1, trackers=())
     assert same.config_hash == config.config_hash
     for change in (
         {"seed": 1},
@@ -102,29 +105,44 @@ def test_the_hash_ignores_where_things_are_written_and_nothing_else():
         {"lora": LoRASettings()},
         {"task_options": {"a": 1}},
     ):
-        assert dataclasses.replace(config, **change).config_hash != config.config_hash
+        assert changed_by(config, **change).config_hash != config.config_hash
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--learning_rat", "1"], "did you mean '--learning_rate'?"),
-        (["--limits.max_turn", "3"], "did you mean '--limits.max_turns'?"),
-        (["--zzz", "3"], "--help lists all"),
-        (["--learning_rate", "abc"], "--learning_rate is 'abc'; expected a number"),
-        (["--steps", "2.5"], "--steps is '2.5'; expected a whole number"),
-        (["--estimator", "ful"], "--estimator is 'ful'; expected one of sampled, full, topk"),
-        (["--limits.max_turns", "x"], "--limits.max_turns is 'x'; expected a whole number"),
-        (["--lora.rank", "x"], "--lora.rank is 'x'; expected a whole number"),
-        (["--lora", "7"], "expected a mapping of keys to values or null"),
-        (["--divergence_options.alpha", "x"], "expected a number"),
-        (["--steps"], "--steps needs a value"),
-        (["--steps", "0"], "steps=0 is out of range: it must be at least 1"),
-        (["--lora.rank", "0"], "lora.rank=0 is out of range"),
-        (["--limits.max_turns", "0"], "max_turns=0 must be positive"),
-        (["--gamma", "3"], "gamma=3.0 is out of range"),
-        (["--gamma", ".nan"], "gamma=nan is out of range"),
-        (["--learning_rate", ".inf"], "learning_rate=inf is out of range"),
+        (["--optimizer.learning_rat", "1"], "did you mean '--optimizer.learning_rate'?"),
+        (["--learning_rat", "1"], "did you mean '--optimizer.learning_rate'?"),
+        (["--sampling.limits.max_turn", "3"], "did you mean '--sampling.limits.max_turns'?"),
+        (["--learning_rate", "1"], "unknown option --learning_rate; write --optimizer.learning_rate"),
+        (["--teacher_engine", "vllm"], "unknown option --teacher_engine; write --teacher.engine"),
+        (["--objective.steps", "3"], "unknown option --objective.steps; write --run.steps"),
+        (["--dtype", "bfloat16"], "unknown option --dtype; write --student.dtype or --teacher.dtype"),
+        (["--eval_every", "1"], "did you mean '--evaluation.every'?"),
+        (["--task.name", "x"], "unknown option --task.name"),
+        (["--top_p", "0.95"], "unknown option --top_p: it would make the rollouts off-policy"),
+        (["--sampling.top_k", "4"], "OPD needs samples from the full distribution"),
+        (["--zzzzzz", "3"], "--help-all lists all"),
+        (["--optimizer.learning_rate", "abc"], "--optimizer.learning_rate is 'abc'; expected a number"),
+        (["--optimizer.learning_rate", "5e-4x"], "--optimizer.learning_rate is '5e-4x'; expected a number"),
+        (["--run.steps", "2.5"], "--run.steps is 2.5; expected a whole number"),
+        (["--run.steps", "true"], "--run.steps is True; expected a whole number"),
+        (["--student.repair_calls", "yess"], "--student.repair_calls is 'yess'; expected true or false"),
+        (["--objective.estimator", "ful"], "objective.estimator='ful' is unknown (did you mean 'full'?); expected"),
+        (["--sampling.limits.max_turns", "x"], "--sampling.limits.max_turns is 'x'; expected a whole number"),
+        (["--student.lora.rank", "x"], "--student.lora.rank is 'x'; expected a whole number"),
+        (["--student.lora", "7"], "--student.lora is 7; expected a mapping of rank, alpha, targets or null"),
+        (["--student", "smollm2"], "--student is 'smollm2'; expected a mapping of model, dtype"),
+        (["--objective.divergence_options.alpha", "x"], "expected a number"),
+        (["--run.steps"], "--run.steps needs a value"),
+        (["--run.steps", "0"], "run.steps=0 is out of range: it must be at least 1"),
+        (["--student.lora.rank", "0"], "student.lora.rank=0 is out of range: it must be at least 1 and at most 1024"),
+        (["--sampling.limits.max_turns", "0"], "sampling.limits.max_turns=0 must be positive"),
+        (["--objective.gamma", "3"], "objective.gamma=3.0 is out of range"),
+        (["--objective.gamma", ".nan"], "objective.gamma=nan is out of range"),
+        (["--optimizer.learning_rate", ".inf"], "optimizer.learning_rate=inf is out of range"),
+        (["--student.dtype", "float16"], "student.dtype=float16 loses small gradients"),
+        (["-x"], "options have two dashes"),
         (["nowhere.yaml"], "no file 'nowhere.yaml'"),
     ],
 )  # fmt: skip
@@ -135,19 +153,25 @@ def test_a_mistake_is_one_sentence_that_says_what_to_do(run_yaml, options, expec
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("learning_rat: 1\n", "unknown key 'learning_rat' (did you mean 'learning_rate'?"),
-        ("limits: {max_turn: 1}\n", "unknown key 'limits.max_turn' (did you mean 'limits.max_turns'?"),
-        ("steps: many\n", "steps in {file} is 'many'; expected a whole number"),
+        ("optimizer: {learning_rat: 1}\n", "'optimizer.learning_rat' (did you mean 'optimizer.learning_rate'?"),
+        ("learning_rate: 1\n", "{file}: unknown key 'learning_rate'; write optimizer.learning_rate"),
+        ("run: {divergence: jsd}\n", "{file}: unknown key 'run.divergence'; write objective.divergence"),
+        ("student.model: x\n", "write it inside its group, student: {{model: …}}"),
+        ("sampling: {limits: {max_turn: 1}}\n", "(did you mean 'sampling.limits.max_turns'?"),
+        ("run: {steps: many}\n", "run.steps in {file} is 'many'; expected a whole number"),
+        ("tools: calculator\n", "tools in {file} is 'calculator'; expected a list of names or null"),
         ("- a\n", "holds list; expected 'key: value' lines"),
         ("", "holds nothing"),
         ("a: [\n", "is not YAML"),
-        ("student: null\nteacher: t\ntask: x\n", "student must be set"),
-        ("teacher: t\ntask: x\n", "student must be set"),
+        ("student: {model: null}\nteacher: {model: t}\ntask: x\n", "student.model must be set"),
+        ("teacher: {model: t}\ntask: x\n", "student.model must be set: in a YAML file, or --student.model"),
+        ("{}\n", "task and student.model and teacher.model must be set"),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file(tmp_path, text, expected):
     file = tmp_path / "bad.yaml"
-    file.write_text(text)
+    whole = "student: {model: s}\nteacher: {model: t}\ntask: x\n" if text.startswith(("run", "tools")) else ""
+    file.write_text(whole + text)
     found = message([str(file)])
     assert expected.format(file=file) in found
 
@@ -155,62 +179,65 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, expected):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (
-            {"top_p": 0.95},
-            "top_p=0.95 would make the rollouts off-policy (OPD needs samples from the full distribution); "
-            "set top_p=1.0",
-        ),
-        ({"top_k": 20}, "top_k=20 would make the rollouts off-policy"),
-        ({"temperature": 0.0}, "temperature=0.0 is out of range"),
-        ({"eval_split": "train"}, "evaluate on a split that is not trained on"),
-        ({"samples_per_problem": 3}, "not a multiple of samples_per_problem=3"),
+        ({"sampling_temperature": 0.0}, "temperature=0.0 is out of range"),
+        ({"evaluation_split": "train"}, "evaluate on a split that is not trained on"),
+        ({"samples_per_problem": 3}, "not a multiple of sampling.samples_per_problem=3"),
         ({"updates_per_step": 65}, "every update needs one"),
-        ({"gamma": 0.5}, "gamma=0.5 has no meaning with estimator=full"),
-        ({"clip_ratio": 0.2}, "clip_ratio=0.2 has no meaning with estimator=full"),
+        ({"gamma": 0.5}, "objective.gamma=0.5 has no meaning with objective.estimator=full"),
+        ({"clip_ratio": 0.2}, "objective.clip_ratio=0.2 has no meaning with objective.estimator=full"),
         ({"estimator": Estimator.SAMPLED, "clip_ratio": 0.2, "truncate_weight": 2.0}, "set one of them"),
-        ({"estimator": "topk", "baseline": "value"}, "baseline=value has no meaning with estimator=topk"),
-        ({"estimator": "sampled", "baseline": "value", "mode": "opd"}, "has no meaning with mode=opd"),
-        ({"teacher_routes": {"calculator": "t2"}}, "teacher_routes is for log-probs, and estimator=full takes"),
-        ({"teacher_cache": "cache"}, "teacher_cache is for log-probs"),
+        ({"estimator": "topk", "baseline": "value"}, "baseline=value has no meaning with objective.estimator=topk"),
+        ({"estimator": "sampled", "baseline": "value", "mode": "opd"}, "has no meaning with objective.mode=opd"),
+        ({"teacher_routes": {"calculator": "t2"}}, "teacher.routes is for log-probs, and objective.estimator=full"),
+        ({"teacher_cache": "cache"}, "teacher.cache is for log-probs"),
         ({"topk_tokens": 0}, "topk_tokens=0 is out of range"),
-        ({"reward_coefficient": 1.0}, "samples_per_problem=1 leaves nothing to compare"),
+        ({"reward_coefficient": 1.0}, "sampling.samples_per_problem=1 leaves nothing to compare"),
         ({"divergence_coefficient": 0.0}, "nothing would be learnt"),
-        ({"warmup_steps": 101}, "warmup_steps=101 is more than the run's 100 updates"),
-        ({"student": ""}, "student is empty"),
-        ({"steps": True}, "steps=True is not a number"),
+        ({"warmup_steps": 101}, "optimizer.warmup_steps=101 is more than the run's 100 updates"),
+        ({"student": ""}, "student.model is empty"),
+        ({"steps": True}, "run.steps is True; expected a whole number"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_give_a_right_run_are_refused(change, expected):
     with pytest.raises(ConfigError) as caught:
-        OPDConfig(**{**NAMES, **change})
+        config_of(**change)
     assert expected in str(caught.value)
 
 
 def test_choices_may_be_given_by_their_value_and_are_members_afterwards():
-    config = OPDConfig(**NAMES, estimator="sampled", mode="opd", resume="never")
-    assert config.estimator is Estimator.SAMPLED
-    assert config.mode is Mode.OPD
-    assert config.resume is Resume.NEVER
-    with pytest.raises(ConfigError, match=r"estimator='sampeld' is unknown \(did you mean 'sampled'"):
-        OPDConfig(**NAMES, estimator="sampeld")
+    config = config_of(estimator="sampled", mode="opd", resume="never")
+    assert config.objective.estimator is Estimator.SAMPLED
+    assert config.objective.mode is Mode.OPD
+    assert config.run.resume is Resume.NEVER
+    with pytest.raises(ConfigError, match=r"objective.estimator='sampeld' is unknown \(did you mean 'sampled'"):
+        config_of(estimator="sampeld")
 
 
-def test_every_field_is_documented_and_appears_in_the_help(capsys):
-    import docstring_parser
+def test_a_group_made_in_python_checks_itself_and_names_its_place():
+    with pytest.raises(ConfigError, match=r"^optimizer.learning_rate=-1.0 is out of range: it must be above 0$"):
+        OptimizerSettings(learning_rate=-1)
+    assert OptimizerSettings(learning_rate=1).learning_rate == 1.0
+    config = OPDConfig(
+        student=StudentSettings(model="s"), teacher=TeacherSettings(model="t"), task="x", optimizer=OptimizerSettings()
+    )
+    assert config == changed_by(config_of(), student="s", teacher="t", task="x")
 
-    for settings in (OPDConfig, LoRASettings, TokenWeights):
-        documented = {
-            entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(settings).params
-        }
-        for field in dataclasses.fields(settings):
-            assert documented.get(field.name), f"{settings.__name__}.{field.name} has no docstring"
-    with pytest.raises(SystemExit) as stopped:
-        load_config(["--help"])
-    assert stopped.value.code == 0
-    shown = capsys.readouterr().out
-    for field in dataclasses.fields(OPDConfig):
-        assert f"--{field.name}" in shown
-    assert "{sampled,full,topk}" in shown
+
+def test_every_setting_is_documented_and_help_shows_what_most_runs_set(capsys):
+    shown = {}
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stopped:
+            load_config([word])
+        assert stopped.value.code == 0
+        shown[word] = capsys.readouterr().out
+    assert len(shown["--help"].splitlines()) <= 40  # a page
+    for name in OPDConfig.common:
+        assert f"--{name} " in shown["--help"]
+    for name in outline(OPDConfig):
+        told = shown["--help-all"].partition(f"--{name} ")[2].splitlines()[1]
+        assert len(told.strip()) > 10, f"{name} has no docstring"
+    assert "{sampled,full,topk}" in shown["--help-all"]
+    assert "[0.001]" in shown["--help-all"]
 
 
 def test_names_load_on_first_use_and_settings_need_no_torch():

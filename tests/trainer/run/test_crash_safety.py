@@ -23,9 +23,11 @@ from tests.trainer.toy import toy_config
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 WORDS = [
-    "train", "--student", "packaged:student", "--teacher", "packaged:teacher", "--task", "arithmetic",
-    "--steps", "3", "--episodes_per_step", "4", "--eval_problems", "1", "--checkpoint_every", "1",
-    "--limits.max_turns", "2", "--limits.max_turn_tokens", "12", "--limits.max_tokens", "320",
+    "train", "--student.model", "packaged:student", "--teacher.model", "packaged:teacher", "--task", "arithmetic",
+    "--run.steps", "3", "--sampling.episodes_per_step", "4", "--evaluation.problems", "1",
+    "--run.checkpoint_every", "1",
+    "--sampling.limits.max_turns", "2", "--sampling.limits.max_turn_tokens", "12",
+    "--sampling.limits.max_tokens", "320",
 ]  # fmt: skip
 """A run of about two seconds; its checkpoints have 3.9 MB each."""
 
@@ -42,7 +44,7 @@ def half_written(run):
 def undisturbed(tmp_path_factory):
     """What the run of ``WORDS`` must end in."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert main([*WORDS, "--output", str(run)]) == 0
+    assert main([*WORDS, "--run.output", str(run)]) == 0
     return run
 
 
@@ -79,7 +81,7 @@ def test_a_disk_that_is_really_full_or_read_only_is_one_sentence(undisturbed, tm
     trial = [*namespace, "mount", "-t", "tmpfs", "none", str(disk)]
     if shutil.which("unshare") is None or subprocess.run(trial, capture_output=True).returncode:
         pytest.skip("this machine allows no small file system of its own")
-    command = [*namespace, sys.executable, "-c", _DISK, str(disk), *WORDS, "--output", str(disk / "run")]
+    command = [*namespace, sys.executable, "-c", _DISK, str(disk), *WORDS, "--run.output", str(disk / "run")]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     (full, sentence), (again, _), (read_only, refusal) = map(json.loads, done.stdout.splitlines())
@@ -99,7 +101,7 @@ def test_a_disk_that_is_really_full_or_read_only_is_one_sentence(undisturbed, tm
 @pytest.mark.slow
 def test_ctrl_c_is_said_clearly_and_the_same_command_continues(undisturbed, tmp_path):
     run = tmp_path / "run"
-    words = [*WORDS, "--output", str(run)]
+    words = [*WORDS, "--run.output", str(run)]
     command = [sys.executable, "-m", "opd_env.cli", *words]
     started = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
@@ -121,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_in_the_same_bits(u
     shutil.copytree(undisturbed, run)
     weights = run / "checkpoints" / "step_00000003" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert main([*WORDS, "--output", str(run)]) == 0
+    assert main([*WORDS, "--run.output", str(run)]) == 0
     assert "the one before it is used" in caplog.text
     assert model_bytes(run) == model_bytes(undisturbed)
     assert Checkpoints(run / "checkpoints").steps() == [2, 3]
@@ -140,7 +142,7 @@ def test_a_damaged_later_checkpoint_never_displaces_a_sound_one(tmp_path):
 
 def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path):
     """Killed between the checkpoint of a step and its evaluation: the line is in metrics.jsonl all the same, once."""
-    config = toy_config(tmp_path / "run", eval_every=2)
+    config = toy_config(tmp_path / "run", evaluation_every=2)
     trainer = trainer_of(config)
 
     class Killed(Exception):

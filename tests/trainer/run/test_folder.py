@@ -40,9 +40,9 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
     with pytest.raises(ConfigError) as caught:
         RunFolder(toy_config(tmp_path / "run", steps=5, seed=1, divergence="jsd", mode="opd"))
     text = str(caught.value)
-    assert "divergence was 'reverse_kl', now 'jsd'" in text
+    assert "objective.divergence was 'reverse_kl', now 'jsd'" in text
     assert "and 1 more" in text
-    assert "--resume never" in text
+    assert "--run.resume never" in text
 
 
 def test_results_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

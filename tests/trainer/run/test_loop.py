@@ -48,7 +48,7 @@ def assert_same(one, other):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An uninterrupted run of four steps, and its final weights."""
-    config = toy_config(tmp_path_factory.mktemp("runs") / "straight", eval_every=2)
+    config = toy_config(tmp_path_factory.mktemp("runs") / "straight", evaluation_every=2)
     trainer = trainer_of(config)
     results = trainer.train()
     return config, results, weights(trainer)
@@ -56,7 +56,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_everything_that_is_promised(finished):
     config, results, _ = finished
-    folder = Path(config.output)
+    folder = Path(config.run.output)
     stored = json.loads((folder / "results.json").read_text())
     assert stored == results
     for name in ("before", "after", "teacher"):
@@ -77,7 +77,7 @@ def test_a_run_leaves_everything_that_is_promised(finished):
 
 
 def test_every_step_logs_every_promised_metric(finished):
-    rows = read_metrics(Path(finished[0].output) / "metrics.jsonl")
+    rows = read_metrics(Path(finished[0].run.output) / "metrics.jsonl")
     steps = [row for row in rows if "teacher/kl" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [2]
@@ -96,7 +96,7 @@ def test_every_step_logs_every_promised_metric(finished):
 
 def test_the_saved_model_is_the_trained_student(finished):
     config, _, trained = finished
-    model = load_model(str(Path(config.output) / "model")).model
+    model = load_model(str(Path(config.run.output) / "model")).model
     assert_same(trained, dict(model.named_parameters()))
 
 
@@ -124,7 +124,7 @@ def kill_in(trainer, method, step):
 
 @pytest.mark.parametrize(("method", "step"), [("play", 0), ("play", 2), ("_learn", 3), ("_save", 3)])
 def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path, method, step):
-    config = toy_config(tmp_path / "run", eval_every=2)
+    config = toy_config(tmp_path / "run", evaluation_every=2)
     trainer = trainer_of(config)
     kill_in(trainer, method, step)
     with pytest.raises(Killed):
@@ -133,7 +133,7 @@ def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path, method, ste
     again.train()
     assert_same(finished[2], weights(again))
     straight, continued = (
-        [row for row in read_metrics(Path(c.output) / "metrics.jsonl") if "train/loss" in row]
+        [row for row in read_metrics(Path(c.run.output) / "metrics.jsonl") if "train/loss" in row]
         for c in (finished[0], config)
     )
     assert [row["train/loss"] for row in continued] == [row["train/loss"] for row in straight]
@@ -142,7 +142,7 @@ def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path, method, ste
 
 @pytest.mark.parametrize("moment", ["rollout", "update"])
 def test_ctrl_c_writes_a_checkpoint_and_the_same_command_continues(finished, tmp_path, moment):
-    config = toy_config(tmp_path / "run", checkpoint_every=0, eval_every=2)
+    config = toy_config(tmp_path / "run", checkpoint_every=0, evaluation_every=2)
     trainer = trainer_of(config)
     part, name = (trainer.rollouts, "play") if moment == "rollout" else (trainer, "_learn")
     original = getattr(part, name)
@@ -173,7 +173,7 @@ def test_a_finished_run_is_not_trained_again(finished):
     again = trainer.train()
     assert_same(trained, weights(trainer))
     assert again["after"]["accuracy"] == results["after"]["accuracy"]
-    assert [row["step"] for row in read_metrics(Path(config.output) / "metrics.jsonl")] == [1, 2, 2, 3, 4]
+    assert [row["step"] for row in read_metrics(Path(config.run.output) / "metrics.jsonl")] == [1, 2, 2, 3, 4]
 
 
 def test_never_resuming_starts_anew_and_removes_what_was_there(tmp_path):
@@ -181,13 +181,13 @@ def test_never_resuming_starts_anew_and_removes_what_was_there(tmp_path):
     trainer_of(config).train()
     other = toy_config(tmp_path / "run", steps=1, seed=5, resume="never")
     trainer_of(other).train()
-    assert load_config([str(tmp_path / "run" / "config.yaml")]).seed == 5
+    assert load_config([str(tmp_path / "run" / "config.yaml")]).run.seed == 5
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished):
     config, *_ = finished
-    with pytest.raises(ConfigError, match=r"holds a run with other settings \(learning_rate was 0.001, now 0.5\)"):
-        trainer_of(toy_config(config.output, eval_every=2, learning_rate=0.5))
+    with pytest.raises(ConfigError, match=r"with other settings \(optimizer.learning_rate was 0.001, now 0.5\)"):
+        trainer_of(toy_config(config.run.output, evaluation_every=2, learning_rate=0.5))
 
 
 def test_a_step_larger_than_its_task_samples_every_problem_anew(tmp_path):
@@ -197,7 +197,7 @@ def test_a_step_larger_than_its_task_samples_every_problem_anew(tmp_path):
     )
     trainer = trainer_of(config)
     trainer.train()
-    episodes = load_trajectories(Path(config.output) / "trajectories")
+    episodes = load_trajectories(Path(config.run.output) / "trajectories")
     assert len({(one.example_id, one.sample) for one in episodes}) == len(episodes) == 32
     assert len({tuple(one.token_ids.tolist()) for one in episodes}) == 32
     shares = trainer.problems.shares(0, list(episodes), 4)
@@ -332,7 +332,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_continues_later(finished, tmp_path, monkeypatch):
-    config = toy_config(tmp_path / "run", eval_every=2)
+    config = toy_config(tmp_path / "run", evaluation_every=2)
     trainer = trainer_of(config)
     original, calls = trainer.checkpoints.save, []
 
@@ -364,7 +364,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"split": "test", "eval_split": "train"}, "split 'test' of task 'toy_sums' is for evaluation only"),
+        ({"split": "test", "evaluation_split": "train"}, "split 'test' of task 'toy_sums' is for evaluation only"),
         ({"task": "toy_sum"}, "did you mean 'toy_sums'"),
         ({"tools": ("calculater",)}, "did you mean 'calculator'"),
         ({"limits": RolloutLimits(max_tokens=20, max_turn_tokens=8)}, "max_tokens=20 leaves no room for an answer"),

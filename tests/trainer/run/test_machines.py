@@ -18,9 +18,11 @@ from tests.trainer.run.test_crash_safety import model_bytes
 from tests.trainer.together import CONFIGS, ROOT, ends, together
 
 WORDS = [
-    "train", "--student", "packaged:student", "--teacher", "packaged:teacher", "--task", "arithmetic",
-    "--episodes_per_step", "4", "--eval_problems", "1", "--checkpoint_every", "1", "--checkpoint_keep", "9",
-    "--limits.max_turns", "2", "--limits.max_turn_tokens", "12", "--limits.max_tokens", "320",
+    "train", "--student.model", "packaged:student", "--teacher.model", "packaged:teacher", "--task", "arithmetic",
+    "--sampling.episodes_per_step", "4", "--evaluation.problems", "1",
+    "--run.checkpoint_every", "1", "--run.checkpoint_keep", "9",
+    "--sampling.limits.max_turns", "2", "--sampling.limits.max_turn_tokens", "12",
+    "--sampling.limits.max_tokens", "320",
 ]  # fmt: skip
 
 STEPS = 8
@@ -62,8 +64,8 @@ def machines(network, folder, outputs, steps):
         launch = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml"),
             "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--main_process_ip",
-            "10.77.0.1", "--main_process_port", "29611", "-m", "opd_env.cli", *WORDS, "--steps", str(steps),
-            "--output", str(output),
+            "10.77.0.1", "--main_process_port", "29611", "-m", "opd_env.cli", *WORDS, "--run.steps", str(steps),
+            "--run.output", str(output),
         ]  # fmt: skip
         named = ["unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh", *launch]
         environment = {
@@ -110,7 +112,7 @@ def test_a_lost_machine_ends_the_other_and_the_run_continues_to_the_same_bits(ne
     with machines(network, tmp_path, [run, run], steps=STEPS) as (started, texts):
         assert [one.wait(timeout=200) for one in started] == [0, 0], texts()
         assert f"continuing after step {done}" in texts()[0]
-    words = [*WORDS, "--steps", str(STEPS), "--output", str(straight)]
+    words = [*WORDS, "--run.steps", str(STEPS), "--run.output", str(straight)]
     with together(2, tmp_path / "one machine", trained, words) as lives:
         assert ends(lives, within=200) == [0, 0]
     assert model_bytes(run) == model_bytes(straight)

@@ -102,7 +102,7 @@ def test_token_metrics_tell_the_gap_of_the_first_update_from_later_drift(tmp_pat
     first = TokenValues(behaviour, behaviour + 0.01, *(torch.ones(2) for _ in range(5)))
     later = TokenValues(behaviour, behaviour + 1.0, *(torch.tensor([-3.0, 12.0]) for _ in range(5)))
     config = toy_config(tmp_path, estimator="sampled", clip_log_ratio=5.0, truncate_weight=2.0)
-    found = token_metrics(TokenValues.joined([first, later]), first, config)
+    found = token_metrics(TokenValues.joined([first, later]), first, config.objective)
     assert found["train/logprob_gap"] == pytest.approx(0.01, abs=1e-5)
     assert found["train/ratio_bounded_fraction"] == 0.5
     assert found["train/clip_fraction"] == 0.25

@@ -3,7 +3,6 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from opd_env.trainer.run.setup import make_accelerator
 from tests.engines.fake_vllm import FakeVLLM
 from tests.trainer.learn.distributed_updates import accelerator_of
 from tests.trainer.run.test_loop import trainer_of
+from tests.trainer.settings import changed_by
 from tests.trainer.together import ends, together
 from tests.trainer.toy import toy_config
 
@@ -85,7 +85,7 @@ def test_one_vllm_over_several_processes_is_refused_with_the_reason(tmp_path, mo
     for settings in ({"engine": "vllm"}, {"teacher_engine": "vllm"}):
         config = toy_config(tmp_path / "run", estimator="sampled", **settings)
         make_accelerator(config)
-        config = replace(config, vllm_options={"tensor_parallel_size": 2})
+        config = changed_by(config, vllm_options={"tensor_parallel_size": 2})
         with pytest.raises(ConfigError, match=r"tensor_parallel_size=2, but each training process has a vLLM of its"):
             make_accelerator(config)
 

@@ -25,7 +25,7 @@ from tests.trainer.toy import toy_config
 
 
 def ahead_config(folder, **changes):
-    return toy_config(folder, **{"rollout_ahead": True, "eval_every": 2, "learning_rate": 1e-2, **changes})
+    return toy_config(folder, **{"rollout_ahead": True, "evaluation_every": 2, "learning_rate": 1e-2, **changes})
 
 
 def episodes_of(run):
@@ -57,7 +57,7 @@ def continued(config):
 def test_the_same_run_again_gives_the_same_bits_and_the_same_episodes(finished, tmp_path):
     again = ahead_config(tmp_path / "again")
     assert_same(finished[1], continued(again))
-    assert episodes_of(again.output) == episodes_of(finished[0].output)
+    assert episodes_of(again.run.output) == episodes_of(finished[0].run.output)
     assert not threads()
 
 
@@ -97,7 +97,7 @@ def test_the_thread_computes_on_the_device_of_its_process(tmp_path, monkeypatch)
 
 
 def test_staleness_and_ratios_are_in_the_metrics(finished):
-    rows = [row for row in read_metrics(Path(finished[0].output) / "metrics.jsonl") if "train/loss" in row]
+    rows = [row for row in read_metrics(Path(finished[0].run.output) / "metrics.jsonl") if "train/loss" in row]
     assert [row["train/staleness"] for row in rows] == [0, 1, 1, 1]
     assert ["train/logprob_gap" in row for row in rows] == [True, False, False, False]
     assert abs(rows[0]["train/ratio_log_mean"]) < 1e-6
@@ -111,7 +111,7 @@ def test_staleness_and_ratios_are_in_the_metrics(finished):
 
 
 def test_several_updates_per_step_are_all_counted(tmp_path):
-    config = ahead_config(tmp_path / "run", steps=2, updates_per_step=2, eval_every=0)
+    config = ahead_config(tmp_path / "run", steps=2, updates_per_step=2, evaluation_every=0)
     trainer_of(config).train()
     first, second = (row["train/staleness"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert 0 < first < 1  # 0 for the first update's tokens, 1 for the second's
@@ -134,7 +134,7 @@ def test_a_killed_run_continues_to_the_same_bits_and_plays_nothing_twice(finishe
     again.train()
     assert played == list(range(done[-1] + 1 if done else 0, 4))  # what the checkpoint held was not sampled again
     assert_same(finished[1], weights(again))
-    assert episodes_of(config.output) == episodes_of(finished[0].output)
+    assert episodes_of(config.run.output) == episodes_of(finished[0].run.output)
 
 
 @pytest.mark.parametrize("moment", ["rollout", "update"])
@@ -263,9 +263,12 @@ def test_an_engine_with_weights_of_its_own_changes_when_told_and_only_between_ro
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"estimator": "sampled"}, "set ratio_policy=current"),
+        ({"estimator": "sampled"}, "set objective.ratio_policy=current"),
         ({"estimator": "sampled", "ratio_policy": "current", "gamma": 0.5}, "gamma=0.5 counts the divergence of later"),
-        ({"estimator": "sampled", "ratio_policy": "current", "cross_tokenizer": True}, "leave rollout_ahead or cross_"),
+        (
+            {"estimator": "sampled", "ratio_policy": "current", "cross_tokenizer": True},
+            "or teacher.cross_tokenizer out",
+        ),
     ],
 )
 def test_what_a_ratio_per_token_does_not_correct_is_refused(tmp_path, changes, reason):
@@ -276,7 +279,7 @@ def test_what_a_ratio_per_token_does_not_correct_is_refused(tmp_path, changes, r
 def test_the_sampled_estimator_learns_one_step_ahead(tmp_path):
     settings = {
         "estimator": "sampled", "baseline": "value", "ratio_policy": "current", "episodes_per_step": 32, "steps": 36,
-        "learning_rate": 1e-2, "checkpoint_every": 0, "eval_every": 0,
+        "learning_rate": 1e-2, "checkpoint_every": 0, "evaluation_every": 0,
     }  # fmt: skip
     trainer_of(ahead_config(tmp_path / "run", **settings), teacher_spread=0.6).train()
     kl = [row["teacher/kl"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]

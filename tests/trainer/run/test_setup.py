@@ -19,7 +19,7 @@ def parts(config):
 
 def test_a_tracker_that_is_not_installed_is_refused_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install wandb, or leave it out of trackers"):
+    with pytest.raises(ConfigError, match="pip install wandb, or leave it out"):
         make_accelerator(toy_config(tmp_path, trackers=("wandb",)))
 
 
@@ -71,7 +71,7 @@ def test_the_answer_stands_in_the_teachers_prompt_and_nowhere_else(tmp_path):
 @pytest.mark.parametrize(
     ("routes", "reason"),
     [
-        ({"calculater": "x"}, "teacher_routes: no tool .*'calculater' .did you mean 'calculator'"),
+        ({"calculater": "x"}, "teacher.routes: no tool .*'calculater' .did you mean 'calculator'"),
         ({"toy_sum": "x"}, "did you mean 'toy_sums'"),
     ],
 )

@@ -146,4 +146,4 @@ def test_a_context_that_is_too_short_is_refused():
     assert "the student reads 1024 tokens at most" in refusal(loaded(2, "teacher"), max_tokens=1025)
     text = refusal(loaded(2, "teacher"), max_tokens=1000, teacher_extra_tokens=100)
     assert "the teacher reads 1024 tokens at most, its episodes may have 1100" in text
-    assert "teacher_demonstrations" in text
+    assert "teacher.demonstrations" in text

@@ -15,7 +15,7 @@ from opd_env.tasks import load_task
 from opd_env.tools import Toolbox
 from opd_env.trainer import OPDTrainer
 from opd_env.trainer.batch import PolicyModule
-from opd_env.trainer.learn.objective import OPDObjective, sums_by_span
+from opd_env.trainer.learn.objective import sums_by_span
 from opd_env.trainer.learn.update import Updater
 from opd_env.trainer.math.advantages import advantage
 from opd_env.trainer.run.setup import make_parts
@@ -24,6 +24,7 @@ from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
 from opd_env.trainer.teachers.lookup import ExampleLookup
 from tests.formats.families import family_tokenizer
 from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.trainer.settings import objective_for
 from tests.trainer.toy import loaded, toy_config
 
 CHAT = get_format(tiny_tokenizer())
@@ -175,7 +176,7 @@ def test_the_objective_gives_every_token_of_a_span_the_advantage_of_the_span(tmp
     scores = teacher.score_spans(trajectories)
     student = loaded(7, spread=0.2)
     config = toy_config(tmp_path, estimator="sampled", cross_tokenizer=True, divergence="jsd")
-    objective = OPDObjective(config, teacher, CHAT.vocab_size)
+    objective = objective_for(config, teacher, CHAT.vocab_size)
     objective.begin(trajectories)
     Updater(PolicyModule(student.model, CHAT.vocab_size), Accelerator()).update(objective.rows, objective, 1e-3)
     tokens = objective.tokens
@@ -210,8 +211,8 @@ def test_the_teachers_own_episodes_are_read_with_the_repairs_of_the_run(tmp_path
     ("settings", "words"),
     [
         ({"estimator": "full"}, "one vocabulary"),
-        ({"estimator": "sampled", "gamma": 0.5}, "gamma=0.5 does not work with cross_tokenizer"),
-        ({"estimator": "sampled", "teacher_demonstrations": 2}, "teacher_demonstrations"),
+        ({"estimator": "sampled", "gamma": 0.5}, "gamma=0.5 does not work with teacher.cross_tokenizer"),
+        ({"estimator": "sampled", "teacher_demonstrations": 2}, "teacher.demonstrations"),
     ],
 )
 def test_settings_that_need_one_vocabulary_are_refused(tmp_path, settings, words):

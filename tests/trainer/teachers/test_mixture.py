@@ -268,14 +268,14 @@ def test_every_member_is_checked_against_the_student(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher_mixture": {"a": 0.5, "b": 0.5}}, "names a, b but not the teacher teacher"),
+        ({"teacher_mixture": {"a": 0.5, "b": 0.5}}, "names a, b but not teacher.model=teacher"),
         ({"teacher_mixture": {"teacher": 0.5, "b": 0.4}}, "above 0 and add up to 1"),
         ({"teacher_mixture": {"teacher": 1.0, "b": 0.0}}, "above 0 and add up to 1"),
         ({"teacher_mixture": {"teacher": 1.5, "b": -0.5}}, "above 0 and add up to 1"),
-        ({"teacher_mixture": {"teacher": "1", "b": 0.5}}, "above 0 and add up to 1"),
+        ({"teacher_mixture": {"teacher": "1", "b": 0.5}}, "teacher.mixture.teacher is '1'; expected a number"),
         (
             {"teacher_mixture": {"teacher": 0.5, "http://b:1": 0.5}, "estimator": "topk"},
-            "estimator=topk needs the whole distribution of the teacher_mixture",
+            "estimator=topk needs the whole distribution of the teacher.mixture",
         ),
         (
             {"teacher_mixture": {"teacher": 0.5, "http://b:1": 0.5}, "estimator": "sampled", "baseline": "value",
@@ -284,7 +284,7 @@ def test_every_member_is_checked_against_the_student(tmp_path: Path) -> None:
         ),
         (
             {"teacher_mixture": {"teacher": 0.5, "b": 0.5}, "cross_tokenizer": True, "estimator": "sampled"},
-            "teacher_mixture=.* does not work with cross_tokenizer",
+            "teacher.mixture=.* does not work with teacher.cross_tokenizer",
         ),
     ],
 )  # fmt: skip

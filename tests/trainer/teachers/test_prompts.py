@@ -107,7 +107,7 @@ def test_a_whole_run_scores_held_out_episodes_after_demonstrations(tmp_path):
         teacher=loaded(2, "teacher"),
         console=Console(file=StringIO()),
     ).train()
-    assert results["after"]["n"] == config.eval_problems
+    assert results["after"]["n"] == config.evaluation.problems
     assert (tmp_path / "run" / "evaluations" / "after" / "log_ratios.json").exists()
 
 

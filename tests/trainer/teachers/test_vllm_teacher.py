@@ -186,10 +186,10 @@ def test_a_vllm_beside_others_takes_over_their_group_and_one_alone_does_not(
     [
         ({"estimator": "full"}, "estimator=full needs the teacher's logits, and vLLM gives"),
         ({"temperature": 0.8}, "temperature=0.8"),
-        ({"eval_temperature": 0.6}, "eval_temperature=0.6"),
-        ({"teacher_cache": "cache"}, "teacher_cache needs a teacher in this process that transformers runs"),
+        ({"evaluation_temperature": 0.6}, "evaluation.temperature=0.6"),
+        ({"teacher_cache": "cache"}, "teacher.cache needs a teacher in this process that transformers runs"),
         ({"cross_tokenizer": True}, "cross_tokenizer needs a teacher in this process that transformers runs"),
-        ({"teacher_offload": True}, "teacher_offload is for teachers of teacher_engine=local"),
+        ({"teacher_offload": True}, "teacher.offload is for teachers of teacher.engine=local"),
         (
             {"teacher_mixture": {"teacher": 0.5, "b": 0.5}, "estimator": "topk"},
             "estimator=topk needs the whole distribution",
@@ -198,7 +198,7 @@ def test_a_vllm_beside_others_takes_over_their_group_and_one_alone_does_not(
             {"engine": "vllm", "rollout_ahead": True, "ratio_policy": "current"},
             "two vLLM at once in one process",
         ),
-        ({"teacher_engine": "vlm"}, "teacher_engine"),
+        ({"teacher_engine": "vlm"}, "teacher.engine"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -88,12 +88,12 @@ def test_a_server_whose_new_weights_take_no_effect_is_refused(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "vlm"}, "engine='vlm' is unknown"),
+        ({"engine": "vlm"}, "sampling.engine='vlm' is unknown"),
         ({"engine": URL, "temperature": 0.8}, "temperature=0.8"),
         ({"teacher": URL, "temperature": 0.8}, "temperature=0.8"),
-        ({"engine": URL, "eval_temperature": 0.6}, "eval_temperature=0.6"),
+        ({"engine": URL, "evaluation_temperature": 0.6}, "evaluation.temperature=0.6"),
         ({"teacher": URL, "estimator": "full"}, "estimator=full needs the teacher's logits"),
-        ({"teacher": URL, "teacher_cache": "cache"}, "teacher_cache needs a teacher in this process"),
+        ({"teacher": URL, "teacher_cache": "cache"}, "teacher.cache needs a teacher in this process"),
     ],
 )
 def test_what_servers_cannot_give_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -108,6 +108,6 @@ def test_a_teacher_with_too_short_a_context_is_refused(tmp_path: Path) -> None:
 
 def test_a_server_that_gives_fewer_likely_tokens_than_asked_for_is_refused_at_the_start(tmp_path: Path) -> None:
     with served(2, 0.3) as teacher:
-        with pytest.raises(ConfigError, match=r"does not give topk_tokens=21 .*--max-logprobs 21"):
+        with pytest.raises(ConfigError, match=r"does not give objective.topk_tokens=21 .*--max-logprobs 21"):
             trainer(tmp_path / "run", teacher=teacher.url, estimator="topk", topk_tokens=21)
         trainer(tmp_path / "run", teacher=teacher.url, estimator="topk", topk_tokens=20)

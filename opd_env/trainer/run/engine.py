@@ -1,12 +1,12 @@
-"""Which engine samples a run's episodes, and the servers that settings name.
+"""The engine of a run over its processes: opened, given new weights, and compared with the student.
 
 Worked example::
 
-    engine = make_engine(config, student, chat, weights_folder)     # config.engine: local, vllm, or URLs
+    engine = make_engine(config, student, chat, weights_folder)     # sampling.engine: local, vllm, or URLs
     update_engine(engine, student.model, accelerator)
     require_same_policy(engine, student, chat, accelerator)         # or: one sentence on what differs
 
-Test it alone: ``pytest tests/trainer/run/test_engine_setup.py``
+Test it alone: ``pytest tests/trainer/run/test_engine.py``
 """
 
 from __future__ import annotations
@@ -15,39 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from opd_env.engines.base import Engine
-from opd_env.engines.local import LocalEngine
 from opd_env.engines.models import LoadedModel
-from opd_env.engines.servers.client import client_of
+from opd_env.engines.open import open_engine, probe_engine
 from opd_env.engines.servers.engine import HttpEngine, ServedWeights
-from opd_env.engines.servers.probe import probe_servers, probe_vllm
-from opd_env.engines.servers.urls import is_url
-from opd_env.engines.vllm import VLLMEngine
 from opd_env.formats import ChatFormat
 from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.run.processes import on_each, on_main
 
 
 def make_engine(config: OPDConfig, student: LoadedModel, chat: ChatFormat, weights_folder: Path) -> Engine:
-    """The engine that ``config.engine`` names.
-
-    Args:
-        config: all settings.
-        student: the model that samples; vLLM loads it anew by the name that ``config.student`` gives it.
-        chat: the student's format.
-        weights_folder: where servers find new weights.
-
-    Raises:
-        UserError: a server does not answer, or vLLM is not installed.
-    """
-    count = config.concurrent_episodes
-    if is_url(config.engine):
-        return HttpEngine(client_of(config.engine, count), chat.stop_token_ids, chat.vocab_size, weights_folder)
-    if config.engine == "vllm":
-        return VLLMEngine(
-            config.student, chat.stop_token_ids, chat.vocab_size,
-            capacity=count, max_context=config.limits.max_tokens, dtype=config.dtype, **config.vllm_options,
-        )  # fmt: skip
-    return LocalEngine(student.model, chat.stop_token_ids, chat.vocab_size, count, own_weights=config.rollout_ahead)
+    """The engine that ``sampling.engine`` names; see ``open_engine``."""
+    sampling = config.sampling
+    return open_engine(
+        sampling.engine,
+        # vLLM loads what the settings name, also where the student was handed in.
+        LoadedModel(student.model, student.tokenizer, config.student.model),
+        chat,
+        concurrent_episodes=sampling.concurrent_episodes,
+        max_context=sampling.limits.max_tokens,
+        dtype=config.student.dtype,
+        vllm_options=sampling.vllm_options,
+        weights_folder=weights_folder,
+        own_weights=sampling.rollout_ahead,
+    )
 
 
 def update_engine(engine: Engine, model: Any, accelerator: Any) -> None:
@@ -86,6 +76,6 @@ def require_same_policy(engine: Engine, student: LoadedModel, chat: ChatFormat, 
         UserError: what differs, and what to do.
     """
     if isinstance(engine, HttpEngine):
-        on_main(accelerator, lambda: probe_servers(engine.client, chat, student.model))
-    if isinstance(engine, VLLMEngine):
-        on_each(lambda: probe_vllm(engine, chat, student.model))
+        on_main(accelerator, lambda: probe_engine(engine, chat, student.model))
+    else:
+        on_each(lambda: probe_engine(engine, chat, student.model))
