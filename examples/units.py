@@ -4,7 +4,8 @@ Try the tool, look at the task, and train on it::
 
     opd-env tools test convert --imports examples/units.py
     opd-env tasks lengths --imports examples/units.py
-    opd-env train configs/demo.yaml --imports examples/units.py --task lengths --task_options {}
+    opd-env train configs/demo.yaml --imports examples/units.py --task lengths --task_options {} \\
+      --run.output runs/lengths
 
 The packaged student knows nothing but its own word problems; for a real one name a model of yours with ``--student``.
 """

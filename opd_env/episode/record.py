@@ -43,7 +43,7 @@ class Recorder(ABC):
 
     @abstractmethod
     def sampled(self, completion: Completion, seconds: float) -> ParsedTurn:
-        """Adds a turn that the student sampled; returns it parsed, with the spans that its calls have in the records."""
+        """Adds a turn that the student sampled; returns it parsed, with its calls' spans in the records."""
 
     @abstractmethod
     def answered(self, replies: Sequence[Message], max_tokens: int) -> bool:
