@@ -5,10 +5,10 @@ Everything here is loaded when it is first used: ``import opd_env`` imports neit
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from opd_env._lazy import lazy_face
-from opd_env.episode.registration import register_with_gymnasium
 
 if TYPE_CHECKING:
     from opd_env.episode.env import ToolEnv as ToolEnv
@@ -87,4 +87,9 @@ __getattr__, __dir__, __all__ = lazy_face(
     },
 )  # fmt: skip
 
-register_with_gymnasium()
+# Importing gymnasium takes ten times as long as everything here, so it is only told where it is there already. The id
+# "opd_env.episode.env:opd_env/ToolUse-v0" works in any order: gymnasium imports the module, which registers itself.
+if "gymnasium" in sys.modules:
+    from gymnasium.envs.registration import register
+
+    register(id="opd_env/ToolUse-v0", entry_point="opd_env.episode.env:ToolEnv")

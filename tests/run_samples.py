@@ -11,7 +11,7 @@ from typing import Any
 
 from opd_env.episode.store import save_trajectories
 from opd_env.episode.trajectory import Trajectory
-from opd_env.evaluation.rates import summarise
+from opd_env.evaluation.counts import summarise
 from tests.episode.trajectory_samples import encode, make_trajectories
 
 CONFIG = """# config_hash: 3f2a91c07be4

@@ -32,7 +32,7 @@ from opd_env.engines.local import LocalEngine
 from opd_env.episode.files import whole_or_nothing
 from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import TrainingError
-from opd_env.evaluation.rates import summarise
+from opd_env.evaluation.counts import summarise
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.trainer import OPDTrainer
 from opd_env.trainer.run.sft import expert_trajectories, sft

@@ -8,6 +8,9 @@ Worked example, played by hand::
     observation, reward, terminated, truncated, info = env.step(call)        # observation: '42'
     observation, reward, terminated, truncated, info = env.step("The answer is 42.")
 
+``gymnasium.make`` knows the environment when gymnasium was imported before ``opd_env``, or when this module was. The id
+``"opd_env.episode.env:opd_env/ToolUse-v0"`` works always.
+
 There is no tokenizer inside: any model, script or person can play. ``reset`` and ``step`` never raise for
 anything that a student or a tool does.
 
@@ -24,6 +27,7 @@ from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import register, registry
 from gymnasium.spaces import Text
 
 from opd_env.episode.limits import RolloutLimits
@@ -31,7 +35,7 @@ from opd_env.episode.trajectory import StopReason
 from opd_env.formats.hermes import parse_hermes
 from opd_env.formats.parse import ParsedCall, ParsedTurn
 from opd_env.messages import Message, ToolCall, assistant, tool_message
-from opd_env.tasks import Example, Grade, Task, load_task
+from opd_env.tasks import Example, Grade, Task, list_tasks, load_task
 from opd_env.tools import Tool, Toolbox, ToolError, ToolErrorKind, ToolResult
 
 
@@ -76,19 +80,22 @@ class ToolEnv(gymnasium.Env[str, str]):
     The reward is 1 for a correct final answer, else 0.
 
     Args:
-        task: a task, or the name of a registered one.
+        task: a task, or the name of a registered one. It must be given.
         tools: names or tools; by default those that the task offers for the example.
         limits: budgets, see ``opd_env.episode.limits`` for the order of checks.
         parse: reads a turn; a chat format's ``parse_text``.
         split, task_options: passed to ``load_task`` when ``task`` is a name.
         render_mode: ``"ansi"`` makes ``render`` return the conversation so far.
+
+    Raises:
+        ValueError: there is no task.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
 
     def __init__(
         self,
-        task: str | Task,
+        task: str | Task | None = None,
         tools: Sequence[str | Tool] | None = None,
         *,
         split: str = "train",
@@ -97,6 +104,11 @@ class ToolEnv(gymnasium.Env[str, str]):
         render_mode: str | None = None,
         **task_options: Any,
     ) -> None:
+        if task is None:
+            known = ", ".join(list_tasks())
+            raise ValueError(
+                f"an environment needs a task, such as task='arithmetic' for gymnasium.make; known: {known}"
+            )
         self.task = load_task(task, split, **task_options) if isinstance(task, str) else task
         self._tools = self.task.tools if tools is None else tools
         self._tools_per_example = tools is None
@@ -256,3 +268,7 @@ def _as_message(turn: ParsedTurn) -> Message:
 def _shown(message: Message) -> str:
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
     return " ".join([message["content"], *calls]).strip()
+
+
+if "opd_env/ToolUse-v0" not in registry:
+    register(id="opd_env/ToolUse-v0", entry_point="opd_env.episode.env:ToolEnv")

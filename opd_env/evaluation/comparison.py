@@ -24,9 +24,8 @@ from typing import Any, NamedTuple, NoReturn
 from opd_env.episode.store import load_trajectories
 from opd_env.episode.trajectory import Decode, Trajectory
 from opd_env.errors import UserError
-from opd_env.evaluation.counts import Fraction, Tally, fractions, tally
+from opd_env.evaluation.counts import Fraction, Summary, Tally, fractions, rate_of, tally
 from opd_env.evaluation.paired import Difference, PairedComparison, compare_paired, difference_of_shares
-from opd_env.evaluation.rates import Summary, rate_of
 from opd_env.evaluation.read_run import Run, read_json, tokenizer_of
 from opd_env.evaluation.statistics import Rate
 

@@ -1,27 +1,31 @@
-"""What finished episodes add up to, problem by problem: the numbers that every rate and comparison is made of.
+"""What finished episodes say about a model: counted per problem, then divided into rates with intervals.
 
 Worked example::
 
-    table = tally(trajectories)
+    summary = summarise(trajectories)
+    print(summary.accuracy)                                     # 84.0 % [79.1, 88.0]
+    table = tally(trajectories)                                 # before anything is divided
     correct_P, episodes_P = fractions(table)["accuracy"]        # one entry per problem
 
-Test it alone: ``pytest tests/evaluation/test_rates.py``
+Reports, comparisons and the metrics of a training step all count with ``tally``.
+
+Test it alone: ``pytest tests/evaluation/test_counts.py``
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_env.episode.trajectory import CallRecord, Trajectory
-from opd_env.evaluation.statistics import majority_at_k, pass_at_k
+from opd_env.episode.trajectory import CallRecord, StopReason, Trajectory
+from opd_env.evaluation.statistics import Rate, bootstrap_interval, majority_at_k, pass_at_k, rate
 from opd_env.formats.base import TokenKind
 from opd_env.tools import ToolErrorKind
 
@@ -56,6 +60,161 @@ NEITHER_GOOD_NOR_BAD = frozenset({"called", "abstained"})
 """Rates that only describe."""
 
 
+@dataclass(frozen=True)
+class Summary:
+    """Numbers of one model on one task. Every ``Rate`` has a 95 % interval clustered by problem.
+
+    The four stages of a call are rates among the calls that passed the stage before, so that each names its
+    own weakness and their product is ``tool_call_validity``.
+    """
+
+    n: int
+    """Problems."""
+    episodes: int
+    samples: int
+    """k: the most episodes that a problem has."""
+    accuracy: Rate
+    """Share of episodes that are correct; with k episodes per problem this is avg@k."""
+    pass_at_k: Mapping[int, Rate]
+    """Unbiased pass@k for k = 1, 2, 4 … ``samples``, over the problems with at least k episodes."""
+    tool_call_validity: Rate
+    """Share of attempted calls that could be read, named a known tool, fitted its schema, and that the tool
+    answered. Unreadable blocks count as attempts. A time-out, an oversized answer or an exception of the tool
+    counts against the call; a failed sandbox or a spent budget leaves it out."""
+    parse_rate: Rate
+    """Attempted calls that could be read as a call."""
+    name_rate: Rate
+    """Readable calls that named a tool the episode has."""
+    argument_rate: Rate
+    """Calls of known tools whose arguments fit the schema."""
+    execution_rate: Rate
+    """Calls with fitting arguments that the tool answered."""
+    called: Rate
+    """Episodes with at least one readable call. ``called``, ``malformed`` and ``abstained`` add up to 1."""
+    malformed: Rate
+    """Episodes that attempted calls, none of them readable; a call that a length limit cut is such an attempt."""
+    abstained: Rate
+    """Episodes that attempted no call."""
+    over_call: Rate
+    """Episodes that attempted a call although the problem needs no tool (where the task says so)."""
+    under_call: Rate
+    """Episodes without a readable call although the problem needs a tool (where the task says so)."""
+    repeated: Rate
+    """Readable calls with the name and arguments of an earlier call of their episode."""
+    recovery: Rate
+    """Episodes with a failed call in which a call of a later turn was answered."""
+    truncated: Rate
+    """Episodes that a budget ended."""
+    scores: Mapping[str, Rate]
+    """Mean of every further number that the grader gave."""
+    by_difficulty: Mapping[int, Rate]
+    """Accuracy per difficulty level."""
+    stop_reasons: Mapping[str, int]
+    """Episodes per ``StopReason``, all of them listed."""
+    tool_errors: Mapping[str, int]
+    """Calls per ``ToolErrorKind``, all of them listed, those that are not judged too."""
+    calls: int
+    """Attempted calls."""
+    calls_per_episode: float
+    turns_per_episode: float
+    sampled_tokens_per_episode: float
+    """NaN for episodes of a chat server, which tells no tokens."""
+    tokens_per_episode: float
+    """Prompt and tool output included."""
+    seconds_per_episode: float
+    """Wall time from an episode's first to its last moment; episodes run side by side."""
+    drift: int
+    """Tokens, over all episodes, that the chat template rewrote: the sum of ``Trajectory.drift``."""
+    majority_at_k: Mapping[int, Rate] = field(default_factory=dict)
+    """Chance that the answer which most of k episodes gave is correct, for k = 2, 4 … ``samples``."""
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    """How often each repair made a call readable; empty unless the format was made with ``repair=True``."""
+    by_category: Mapping[str, Rate] = field(default_factory=dict)
+    """Accuracy per category of problem; one entry, "", where the task has none."""
+    rows_per_trajectory: float = 1.0
+    """Sequences that an episode was played in; more than 1 where the chat template is not append-only."""
+    retries: int = 0
+    """How often tools tried a call again by themselves, over all calls."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values. A rate ``x`` becomes ``x``, ``x_ci`` = [low, high] and ``x_n``; NaN becomes null."""
+        flat: dict[str, Any] = {}
+        for name in (entry.name for entry in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Rate):
+                numbers = value.to_json()
+                flat[name] = numbers["value"]
+                flat[f"{name}_ci"] = [numbers["low"], numbers["high"]]
+                flat[f"{name}_n"] = numbers["n"]
+            elif isinstance(value, Mapping):
+                flat[name] = {str(key): one.to_json() if isinstance(one, Rate) else one for key, one in value.items()}
+            else:
+                flat[name] = _null(value)
+        return flat
+
+    @classmethod
+    def from_json(cls, flat: Mapping[str, Any]) -> Summary:
+        """The inverse of ``to_json``; further keys are ignored."""
+        values: dict[str, Any] = {}
+        for entry in fields(cls):
+            name = entry.name
+            if name not in flat and name not in REQUIRED:
+                continue
+            value = flat[name]
+            if entry.type == "Rate":
+                low, high = flat[f"{name}_ci"]
+                values[name] = Rate.from_json({"value": value, "low": low, "high": high, "n": flat[f"{name}_n"]})
+            elif entry.type == "Mapping[int, Rate]":
+                values[name] = {int(key): Rate.from_json(one) for key, one in value.items()}
+            elif entry.type == "Mapping[str, Rate]":
+                values[name] = {key: Rate.from_json(one) for key, one in value.items()}
+            else:
+                values[name] = math.nan if value is None else value
+        return cls(**values)
+
+
+REQUIRED = frozenset(entry.name for entry in fields(Summary) if entry.default is entry.default_factory is MISSING)
+"""What every stored summary has; older ones lack the other fields."""
+
+
+def summarise(trajectories: Iterable[Trajectory]) -> Summary:
+    """Counts everything in ``Summary``, as ``tally`` counts."""
+    table = tally(trajectories)
+    sums, n = table.sums, len(table.problems)
+    rates = {name: rate_of(fraction) for name, fraction in fractions(table).items()}
+
+    def at_k(name: str) -> dict[int, Rate]:
+        return {int(key.split("@")[1]): entry for key, entry in rates.items() if key.startswith(f"{name}@")}
+
+    def by(labels: Sequence[Any]) -> dict[Any, Rate]:
+        groups = {label: np.array([other == label for other in labels]) for label in sorted(set(labels))}
+        return {label: rate(sums["correct"][own], sums["episodes"][own]) for label, own in groups.items()}
+
+    return Summary(
+        n=n,
+        episodes=int(sums["episodes"].sum()),
+        samples=table.samples,
+        pass_at_k=at_k("pass") or ({1: rates["accuracy"]} if n else {}),
+        majority_at_k=at_k("majority"),
+        scores={name: rate_of(score) for name, score in table.scores.items()},
+        by_difficulty=by(table.difficulties),
+        by_category=by(table.categories),
+        stop_reasons={str(reason): table.stop_reasons[reason] for reason in StopReason},
+        tool_errors={str(kind): table.tool_errors[kind] for kind in ToolErrorKind},
+        repairs=dict(table.repairs),
+        calls=int(sums["calls"].sum()),
+        retries=int(sums["retries"].sum()),
+        calls_per_episode=table.quotient("calls"),
+        turns_per_episode=table.quotient("turns"),
+        sampled_tokens_per_episode=table.quotient("sampled_tokens", "with_tokens"),
+        tokens_per_episode=table.quotient("tokens", "with_tokens"),
+        seconds_per_episode=table.quotient("seconds"),
+        drift=int(sums["drift"].sum()),
+        rows_per_trajectory=table.quotient("rows"),
+        **{name: rates[name] for name in RATES},
+    )
+
+
 class Fraction(NamedTuple):
     """A metric before it is divided; shapes ``[problems]``."""
 
@@ -87,6 +246,11 @@ class Tally:
         """k: the most episodes that a problem has."""
         return int(self.sums["episodes"].max(initial=0))
 
+    def quotient(self, top: str, bottom: str = "episodes") -> float:
+        """One sum over another, all problems pooled; NaN where nothing was counted."""
+        count = float(self.sums[bottom].sum())
+        return float(self.sums[top].sum()) / count if count else math.nan
+
 
 def tally(trajectories: Iterable[Trajectory]) -> Tally:
     """Adds up finished episodes; reads each trajectory once and keeps none.
@@ -96,10 +260,9 @@ def tally(trajectories: Iterable[Trajectory]) -> Tally:
     """
     problems: dict[tuple[str, str], int] = {}
     about: list[tuple[int, str]] = []
+    sums: list[NDArray[np.float64]] = []
     votes: list[dict[str | None, tuple[int, int]]] = []
-    problem_of: list[int] = []
-    rows: list[tuple[float, ...]] = []
-    scores: list[Mapping[str, float]] = []
+    scores: defaultdict[str, defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     stops: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     repairs: Counter[str] = Counter()
@@ -107,22 +270,27 @@ def tally(trajectories: Iterable[Trajectory]) -> Tally:
         problem = problems.setdefault((one.task, one.example_id), len(problems))
         if problem == len(about):
             about.append((one.difficulty, one.category))
+            sums.append(np.zeros(len(_COLUMNS)))
             votes.append({})
+        counts = _count(one)
+        sums[problem] += [counts[name] for name in _COLUMNS]
         given, correct = votes[problem].get(one.extracted, (0, 0))
         votes[problem][one.extracted] = given + 1, correct + one.correct
-        problem_of.append(problem)
-        counts = _count(one)
-        rows.append(tuple(counts[name] for name in _COLUMNS))
-        scores.append(one.scores)
+        for name in one.scores.keys() - {NEEDS_TOOL}:
+            scores[name][problem].append(one.scores[name])
         stops[one.stop_reason] += 1
         errors.update(str(call.error) for call in one.calls if call.error is not None)
         repairs.update(repair for call in one.calls for repair in call.repairs)
-    n, problem_E = len(problems), np.array(problem_of, dtype=np.int64)
-    columns = np.array(rows, dtype=np.float64).reshape(len(rows), len(_COLUMNS)).T
+    given_P = {name: [by_problem.get(place, []) for place in range(len(sums))] for name, by_problem in scores.items()}
     return Tally(
         problems=tuple(problems),
-        sums={name: _sum_by(problem_E, column_E, n) for name, column_E in zip(_COLUMNS, columns, strict=True)},
-        scores=_sum_scores(scores, problem_E, n),
+        sums=dict(zip(_COLUMNS, np.reshape(sums, (len(sums), len(_COLUMNS))).T, strict=True)),
+        scores={
+            name: Fraction(
+                np.array([sum(values, 0.0) for values in lists]), np.array([float(len(values)) for values in lists])
+            )
+            for name, lists in sorted(given_P.items())
+        },
         votes=tuple(votes),
         difficulties=tuple(difficulty for difficulty, _ in about),
         categories=tuple(category for _, category in about),
@@ -141,11 +309,12 @@ def fractions(table: Tally) -> dict[str, Fraction]:
     """
     found = {"accuracy": Fraction(table.sums["correct"], table.sums["episodes"])}
     if table.samples > 1:
+        played = list(zip(table.sums["episodes"].astype(int), table.sums["correct"].astype(int), strict=True))
         for k in powers_of_two(table.samples):
-            found[f"pass@{k}"] = _pass(table, k)
+            found[f"pass@{k}"] = _known([pass_at_k(episodes, correct, k) for episodes, correct in played])
         if any(answer is not None for answers in table.votes for answer in answers):
             for k in powers_of_two(table.samples)[1:]:
-                found[f"majority@{k}"] = _majority(table, k)
+                found[f"majority@{k}"] = _known([majority_at_k(answers, k) for answers in table.votes])
     found |= {f"grader/{name}" if name in RATES else name: score for name, score in table.scores.items()}
     return found | {name: Fraction(table.sums[top], table.sums[bottom]) for name, (top, bottom) in RATES.items()}
 
@@ -156,11 +325,21 @@ def powers_of_two(samples: int) -> list[int]:
     return sorted(powers | {samples}) if samples else []
 
 
+def rate_of(fraction: Fraction) -> Rate:
+    """As ``rate``, for scores that may lie outside 0 … 1 too."""
+    seen = fraction.denominators > 0
+    numerators, denominators = fraction.numerators[seen], fraction.denominators[seen]
+    if ((numerators >= 0) & (numerators <= denominators)).all():
+        return rate(numerators, denominators)
+    value = float(numerators.sum() / denominators.sum())
+    return Rate(value, *bootstrap_interval(numerators, denominators), len(numerators))
+
+
 _COLUMNS = (
     "episodes", "correct", "calls", "judged", "parsed", "named", "fitting", "answered", "repeated",
     "called", "malformed", "abstained", "needs_tool", "needs_none", "over_called", "under_called",
-    "failed", "recovered", "truncated", "turns", "with_tokens", "sampled_tokens", "tokens", "seconds", "drift", "rows",
-    "retries",
+    "failed", "recovered", "truncated", "turns", "cut_turns", "with_tokens", "sampled_tokens", "tokens", "seconds",
+    "drift", "rows", "retries",
 )  # fmt: skip
 
 
@@ -200,6 +379,7 @@ def _count(trajectory: Trajectory) -> dict[str, float]:
         "recovered": any(call.error is None for call in later),
         "truncated": not trajectory.stop_reason.terminated,
         "turns": len(trajectory.turns),
+        "cut_turns": sum(turn.truncated for turn in trajectory.turns),
         "with_tokens": len(trajectory.token_ids) > 0,
         "sampled_tokens": trajectory.num_sampled,
         "tokens": len(trajectory.token_ids),
@@ -222,32 +402,11 @@ def _signature(call: CallRecord) -> tuple[str | None, str]:
         return call.name, call.arguments
 
 
-def _sum_by(group_E: NDArray[np.int64], column_E: NDArray[np.float64], groups: int) -> NDArray[np.float64]:
-    return np.bincount(group_E, weights=column_E, minlength=groups).astype(np.float64)
-
-
-def _sum_scores(scores: list[Mapping[str, float]], problem_E: NDArray[np.int64], n: int) -> dict[str, Fraction]:
-    sums = {}
-    for name in sorted({name for entry in scores for name in entry} - {NEEDS_TOOL}):
-        has_E = np.array([name in entry for entry in scores])
-        values = np.array([entry[name] for entry in scores if name in entry], dtype=np.float64)
-        ones = np.ones(len(values))
-        sums[name] = Fraction(_sum_by(problem_E[has_E], values, n), _sum_by(problem_E[has_E], ones, n))
-    return sums
-
-
-def _pass(table: Tally, k: int) -> Fraction:
-    pairs = zip(table.sums["episodes"], table.sums["correct"], strict=True)
-    return _known([pass_at_k(int(episodes), int(correct), k) for episodes, correct in pairs])
-
-
-def _majority(table: Tally, k: int) -> Fraction:
-    return _known([majority_at_k(answers, k) for answers in table.votes])
-
-
 def _known(values: list[float]) -> Fraction:
     """One value per problem; NaN says nothing."""
-    return Fraction(
-        np.array([0.0 if math.isnan(value) else value for value in values]),
-        np.array([float(not math.isnan(value)) for value in values]),
-    )
+    return Fraction(np.nan_to_num(values), (~np.isnan(values)).astype(np.float64))
+
+
+def _null(value: float) -> float | None:
+    """NaN, which JSON has not, as null."""
+    return None if isinstance(value, float) and math.isnan(value) else value

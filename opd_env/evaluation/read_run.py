@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from opd_env.episode.store import load_trajectories
 from opd_env.episode.trajectory import Decode, Trajectory
-from opd_env.evaluation.rates import REQUIRED, Summary
+from opd_env.evaluation.counts import REQUIRED, Summary
 from opd_env.evaluation.statistics import Rate
 
 MODELS = {"before": "Student before", "after": "Student after", "teacher": "Teacher", "evaluation": "Model"}

@@ -32,7 +32,7 @@ from opd_env.episode.store import TrajectoryWriter, load_trajectories
 from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.chat_player import play_by_chat
 from opd_env.evaluation.chat_server import ChatServer
-from opd_env.evaluation.rates import Summary, summarise
+from opd_env.evaluation.counts import Summary, summarise
 from opd_env.evaluation.settings import describe, installed_versions
 from opd_env.evaluation.tables import results_markdown, results_table
 from opd_env.formats import ChatFormat

@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from opd_env.evaluation.counts import RATES
-from opd_env.evaluation.rates import Summary
+from opd_env.evaluation.counts import RATES, Summary
 from opd_env.evaluation.statistics import Rate
 
 if TYPE_CHECKING:

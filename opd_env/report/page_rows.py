@@ -43,7 +43,9 @@ CHARTS: dict[str, Chart] = {
     ),
     "rollout/turns": Chart("Turns", "Behaviour of the rollouts", False, "Assistant turns per episode."),
     "rollout/calls": Chart("Tool calls", "Behaviour of the rollouts", False, "Attempted calls per episode."),
-    "rollout/malformed_rate": Chart("Malformed calls", "Behaviour of the rollouts", True, "Calls that cannot be read."),
+    "rollout/malformed_rate": Chart(
+        "Only malformed calls", "Behaviour of the rollouts", True, "Episodes whose calls can all not be read."
+    ),
     "rollout/tool_error_rate": Chart(
         "Failed calls", "Behaviour of the rollouts", True, "Readable calls that got an error instead of an answer."
     ),

@@ -140,12 +140,27 @@ def test_time_ends_an_episode_before_its_calls_run() -> None:
     assert (info["stop_reason"], info["calls"]) == (StopReason.TIME, [])
 
 
-@pytest.mark.parametrize("order", ["import opd_env, gymnasium", "import gymnasium, opd_env"])
-def test_gymnasium_knows_the_environment_in_either_order_of_import(order: str) -> None:
-    code = f"{order}\nprint(gymnasium.make('opd_env/ToolUse-v0', task='arithmetic').reset(seed=0)[0])"
+@pytest.mark.parametrize(
+    ("imports", "name"),
+    [
+        ("import gymnasium, opd_env", "opd_env/ToolUse-v0"),
+        ("import gymnasium; from opd_env import ToolEnv", "opd_env/ToolUse-v0"),
+        ("from opd_env import ToolEnv; import gymnasium", "opd_env/ToolUse-v0"),
+        ("import opd_env, gymnasium", "opd_env.episode.env:opd_env/ToolUse-v0"),
+        ("import gymnasium, opd_env", "opd_env.episode.env:opd_env/ToolUse-v0"),
+        ("import gymnasium", "opd_env.episode.env:opd_env/ToolUse-v0"),
+    ],
+)
+def test_gymnasium_knows_the_environment(imports: str, name: str) -> None:
+    code = f"{imports}\nprint(gymnasium.make({name!r}, task='arithmetic').reset(seed=0)[0])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_a_missing_task_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"needs a task, such as task='arithmetic'.*known: .*gsm8k"):
+        gymnasium.make("opd_env/ToolUse-v0")
 
 
 @pytest.mark.parametrize("limits", [{"max_turns": 0}, {"max_seconds": -1}, {"max_turn_tokens": 9, "max_tokens": 8}])

@@ -22,7 +22,7 @@ from opd_env.episode.limits import RolloutLimits
 from opd_env.episode.rollouts import rollout
 from opd_env.episode.store import load_trajectories, save_trajectories
 from opd_env.episode.trajectory import StopReason, Trajectory
-from opd_env.evaluation.rates import Summary, summarise
+from opd_env.evaluation.counts import Summary, summarise
 from opd_env.formats import TemplateFormat, get_format
 from opd_env.formats.base import TokenKind
 from opd_env.formats.token_text import Piece

@@ -21,7 +21,7 @@ from opd_env.engines.base import GREEDY, Engine, Request, SamplingParams, Script
 from opd_env.engines.models import weights_hash
 from opd_env.episode.limits import RolloutLimits
 from opd_env.episode.store import StoreError, TrajectoryWriter, load_trajectories
-from opd_env.evaluation.rates import Summary
+from opd_env.evaluation.counts import Summary
 from opd_env.evaluation.run import EvaluationResult, evaluate, results_markdown, results_table
 from opd_env.evaluation.settings import describe
 from opd_env.evaluation.statistics import wilson

@@ -14,7 +14,7 @@ from opd_env.engines.base import Request, ScriptedEngine
 from opd_env.episode.rollouts import rollout
 from opd_env.episode.store import load_trajectories, save_trajectories
 from opd_env.episode.trajectory import StopReason, Trajectory
-from opd_env.evaluation.rates import summarise
+from opd_env.evaluation.counts import summarise
 from opd_env.formats import TemplateFormat, get_format
 from opd_env.formats.base import TokenKind
 from opd_env.messages import Message, ToolCall, assistant, calls_of, system, tool_message, user

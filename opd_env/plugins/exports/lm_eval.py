@@ -18,8 +18,7 @@ from typing import Any
 from opd_env.episode.files import explained, whole_or_nothing
 from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.comparison import Side
-from opd_env.evaluation.counts import NEITHER_GOOD_NOR_BAD, WORSE_WHEN_HIGHER, fractions
-from opd_env.evaluation.rates import rate_of
+from opd_env.evaluation.counts import NEITHER_GOOD_NOR_BAD, WORSE_WHEN_HIGHER, fractions, rate_of
 from opd_env.evaluation.settings import fingerprint_of
 from opd_env.evaluation.statistics import standard_error
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_env.episode.trajectory import Trajectory
-from opd_env.evaluation.rates import NOT_JUDGED
+from opd_env.evaluation.counts import NOT_JUDGED
 from opd_env.formats.base import TokenKind
 from opd_env.settings.fields import ConfigError, Settings, number
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from opd_env.episode.files import explained, whole_or_nothing
 from opd_env.episode.trajectory import StopReason, Trajectory
-from opd_env.evaluation.rates import NEEDS_TOOL, NOT_JUDGED, PARSE_ERRORS
+from opd_env.evaluation.counts import RATES, tally
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.formats.base import TokenKind
 from opd_env.trainer.learn.objective import TokenValues
@@ -34,35 +34,33 @@ from opd_env.trainer.learn.settings import ObjectiveSettings
 from opd_env.trainer.math.advantages import clip_fraction
 from opd_env.trainer.math.loss import loss_statistics
 
+_ROLLOUT: Mapping[str, tuple[str, ...]] = {
+    "accuracy": RATES["accuracy"],
+    "tool_call_validity": RATES["tool_call_validity"],
+    "malformed_rate": RATES["malformed"],
+    "over_call_rate": RATES["over_call"],
+    "truncated_fraction": RATES["truncated"],
+    "calls": ("calls",),
+    "turns": ("turns",),
+    "response_length": ("sampled_tokens",),
+    "drift": ("drift",),
+    "rows_per_trajectory": ("rows",),
+}
+"""Names of metrics, and the sums of a tally that are divided; by the number of episodes where there is one."""
 _KINDS = {"text": TokenKind.TEXT, "thinking": TokenKind.THINKING, "tool_call": TokenKind.TOOL_CALL}
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """How the student acts: a mean over episodes, turns or calls each; and how long the episodes took."""
-    calls = [call for trajectory in trajectories for call in trajectory.calls]
-    judged = [call for call in calls if call.error not in NOT_JUDGED]
-    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-    no_tool_needed = [one for one in trajectories if one.scores.get(NEEDS_TOOL) == 0]
-    means: dict[str, Iterable[float]] = {
-        "accuracy": (one.correct for one in trajectories),
-        "tool_call_validity": (call.error is None for call in judged),
-        "malformed_rate": (call.error in PARSE_ERRORS for call in judged),
-        "tool_error_rate": (call.error is not None and call.error not in PARSE_ERRORS for call in judged),
-        "over_call_rate": (bool(one.calls) for one in no_tool_needed),
-        "calls": (len(one.calls) for one in trajectories),
-        "turns": (len(one.turns) for one in trajectories),
-        "response_length": (one.num_sampled for one in trajectories),
-        "truncated_fraction": (not one.stop_reason.terminated for one in trajectories),
-        "time_limit_fraction": (one.stop_reason is StopReason.TIME for one in trajectories),
-        "end_of_turn_rate": (not turn.truncated for turn in turns),
-        "drift": (one.drift for one in trajectories),
-        "rows_per_trajectory": (len(one.row_starts) for one in trajectories),
-    }
-    found = {f"rollout/{name}": _mean(values) for name, values in means.items()}
+    """How the student acts, counted as every evaluation counts (docs/evaluation.md), and how long episodes took."""
+    table = tally(trajectories)
+    found = {name: table.quotient(*columns) for name, columns in _ROLLOUT.items()}
+    found["tool_error_rate"] = table.quotient("parsed", "judged") - table.quotient("answered", "judged")
+    found["end_of_turn_rate"] = 1 - table.quotient("cut_turns", "turns")
     if trajectories:
+        found["time_limit_fraction"] = table.stop_reasons[StopReason.TIME] / len(trajectories)
         for name, share in (("p50", 0.5), ("p95", 0.95), ("max", 1.0)):
-            found[f"rollout/episode_seconds_{name}"] = float(np.quantile([one.seconds for one in trajectories], share))
-    return {name: value for name, value in found.items() if value is not None}
+            found[f"episode_seconds_{name}"] = float(np.quantile([one.seconds for one in trajectories], share))
+    return {f"rollout/{name}": value for name, value in found.items() if not math.isnan(value)}
 
 
 def teacher_metrics(trajectories: Sequence[Trajectory], tokens: TokenValues) -> dict[str, float]:
@@ -137,11 +135,6 @@ class MetricsLog:
             file.write(json.dumps(values, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else None
 
 
 def _per_token(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:

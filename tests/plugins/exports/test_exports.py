@@ -17,7 +17,7 @@ from opd_env.cli import main
 from opd_env.episode.trajectory import StopReason, Trajectory
 from opd_env.errors import UserError
 from opd_env.evaluation.comparison import read_side
-from opd_env.evaluation.rates import summarise
+from opd_env.evaluation.counts import summarise
 from opd_env.evaluation.statistics import standard_error
 from opd_env.plugins.exports import export_evaluation
 from opd_env.tools import ToolErrorKind

@@ -11,6 +11,7 @@ import torch
 
 from opd_env.episode.store import StoreError
 from opd_env.episode.trajectory import CallRecord, StopReason, TurnRecord
+from opd_env.evaluation.counts import summarise
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.formats.base import TokenKind
 from opd_env.tools import ToolErrorKind
@@ -50,7 +51,7 @@ def test_rollout_metrics_are_what_can_be_counted_by_hand():
     third = pytest.approx(1 / 3)
     assert found["rollout/accuracy"] == third
     assert found["rollout/tool_call_validity"] == third  # a spent budget is nobody's fault: 3 judged calls
-    assert found["rollout/malformed_rate"] == third
+    assert found["rollout/malformed_rate"] == 0  # the episode with an unreadable call also made a readable one
     assert found["rollout/tool_error_rate"] == third
     assert found["rollout/over_call_rate"] == 0.5
     assert found["rollout/calls"] == pytest.approx(4 / 3)
@@ -59,6 +60,20 @@ def test_rollout_metrics_are_what_can_be_counted_by_hand():
     assert found["rollout/truncated_fraction"] == third
     assert found["rollout/end_of_turn_rate"] == pytest.approx(4 / 5)
     assert found["rollout/time_limit_fraction"] == 0
+
+
+def test_training_counts_as_evaluations_do():
+    unreadable = with_calls(made_trajectory(4), ToolErrorKind.UNTERMINATED, scores={"needs_tool": 0.0})
+    kind = EPISODES[2].kind.copy()
+    kind[5] = TokenKind.TOOL_CALL
+    cut_in_a_call = dataclasses.replace(EPISODES[2], kind=kind)
+    episodes = [*EPISODES, unreadable, cut_in_a_call]
+    found, summary = rollout_metrics(episodes), summarise(episodes)
+    assert found["rollout/malformed_rate"] == summary.malformed.value == pytest.approx(2 / 5)
+    assert found["rollout/over_call_rate"] == summary.over_call.value == pytest.approx(3 / 4)
+    assert found["rollout/accuracy"] == summary.accuracy.value
+    assert found["rollout/tool_call_validity"] == summary.tool_call_validity.value
+    assert found["rollout/truncated_fraction"] == summary.truncated.value
 
 
 def test_the_slowest_episodes_and_those_whose_time_was_up_are_in_the_metrics():

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_env.episode.trajectory import StopReason, Trajectory
-from opd_env.evaluation.counts import fractions, tally
-from opd_env.evaluation.rates import NEEDS_TOOL, Summary, summarise
+from opd_env.evaluation.counts import NEEDS_TOOL, Summary, fractions, summarise, tally
 from opd_env.evaluation.statistics import NO_RATE, pass_at_k, rate, wilson
 from opd_env.tools import ToolErrorKind
 from tests.episode.trajectory_samples import Call, make_trajectories, make_trajectory
@@ -258,6 +257,6 @@ def test_json_has_the_public_keys_and_comes_back() -> None:
 
 
 def test_importing_metrics_pulls_in_no_heavy_library() -> None:
-    code = "import sys, opd_env.evaluation.rates; print({'torch', 'pyarrow', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, opd_env.evaluation.counts; print({'torch', 'pyarrow', 'matplotlib'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"
