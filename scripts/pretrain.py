@@ -35,7 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from opd_env.engines.local import LocalEngine
 from opd_env.engines.models import load_model
 from opd_env.episode.expert import play_expert
-from opd_env.evaluation.run import EvaluationResult, evaluate
+from opd_env.evaluation.result import EvaluationResult
+from opd_env.evaluation.run import evaluate
 from opd_env.formats import ChatFormat, get_format
 from opd_env.tasks import Task, load_task
 from opd_env.tools import Toolbox

@@ -22,7 +22,7 @@ from benchmarks.opd_plus_study.analysis import share
 from benchmarks.opd_plus_study.arms import ARMS, SHARED, arm_named
 from benchmarks.opd_plus_study.report import machine, write_report
 from benchmarks.opd_plus_study.runs import Evaluations, measure_run, record_path
-from opd_env.evaluation.run import installed_versions
+from opd_env.evaluation.result import installed_versions
 from opd_env.settings.fields import read_yaml
 
 console = Console(stderr=True, highlight=False)

@@ -19,8 +19,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.opd_plus_study.arms import ARMS, COMPARISONS, Arm, arm_named
-from opd_env.evaluation.paired import compare_paired
-from opd_env.evaluation.statistics import Rate, rate
+from opd_env.evaluation.statistics import Rate, compare_paired, rate
 
 Record = Mapping[str, Any]
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

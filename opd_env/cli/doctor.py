@@ -86,7 +86,7 @@ def _findings() -> Iterator[tuple[str, str]]:
     import torch
 
     from opd_env.engines.models import PACKAGED
-    from opd_env.evaluation.run import installed_versions
+    from opd_env.evaluation.result import installed_versions
 
     yield "versions", ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores"

@@ -99,7 +99,8 @@ def _evaluate(settings: EvalSettings) -> int:
 
     from opd_env.engines.base import SamplingParams
     from opd_env.evaluation.chat_server import ChatServer
-    from opd_env.evaluation.run import evaluate, results_table
+    from opd_env.evaluation.result import results_table
+    from opd_env.evaluation.run import evaluate
 
     settings.register()
     if not settings.task:
@@ -153,7 +154,7 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 def cache_name(task: Task, chat: ChatFormat | None, **options: Any) -> str:
     """Name of the folder for an evaluation: readable, and another one for other settings."""
-    from opd_env.evaluation.settings import describe, fingerprint_of
+    from opd_env.evaluation.run import describe, fingerprint_of
 
     return f"{_slug(task.name)}-{fingerprint_of(describe(task, chat, **options))[:8]}"
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from opd_env.evaluation.comparison import Comparison as Comparison
     from opd_env.evaluation.comparison import compare as compare
     from opd_env.evaluation.comparison import read_side as read_side
-    from opd_env.evaluation.run import EvaluationResult as EvaluationResult
+    from opd_env.evaluation.result import EvaluationResult as EvaluationResult
     from opd_env.evaluation.run import evaluate as evaluate
     from opd_env.evaluation.statistics import Rate as Rate
     from opd_env.evaluation.statistics import bootstrap_interval as bootstrap_interval
@@ -28,7 +28,8 @@ __getattr__, __dir__, __all__ = lazy_face(
     __name__,
     {
         "comparison": ("Comparison", "compare", "read_side"),
-        "run": ("EvaluationResult", "evaluate"),
+        "result": ("EvaluationResult",),
+        "run": ("evaluate",),
         "statistics": ("Rate", "bootstrap_interval", "pass_at_k", "wilson"),
     },
 )

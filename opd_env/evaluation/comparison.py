@@ -25,9 +25,8 @@ from opd_env.episode.store import load_trajectories
 from opd_env.episode.trajectory import Decode, Trajectory
 from opd_env.errors import UserError
 from opd_env.evaluation.counts import Fraction, Summary, Tally, fractions, rate_of, tally
-from opd_env.evaluation.paired import Difference, PairedComparison, compare_paired, difference_of_shares
 from opd_env.evaluation.read_run import Run, read_json, tokenizer_of
-from opd_env.evaluation.statistics import Rate
+from opd_env.evaluation.statistics import Difference, PairedComparison, Rate, compare_paired, difference_of_shares
 
 MUST_AGREE = ("task", "version", "split", "tools", "prompt_hash")
 """Settings without which two scores answer different questions."""

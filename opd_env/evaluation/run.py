@@ -15,11 +15,12 @@ Test it alone: ``pytest tests/evaluation/test_run.py``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,49 +33,14 @@ from opd_env.episode.store import TrajectoryWriter, load_trajectories
 from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.chat_player import play_by_chat
 from opd_env.evaluation.chat_server import ChatServer
-from opd_env.evaluation.counts import Summary, summarise
-from opd_env.evaluation.settings import describe, installed_versions
-from opd_env.evaluation.tables import results_markdown, results_table
+from opd_env.evaluation.counts import summarise
+from opd_env.evaluation.result import EvaluationResult, results_markdown
 from opd_env.formats import ChatFormat
+from opd_env.messages import system, tool_message, user
 from opd_env.tasks import Task
-from opd_env.tools import Tool
-
-__all__ = ["EvaluationResult", "evaluate", "installed_versions", "results_markdown", "results_table"]
+from opd_env.tools import Tool, Toolbox
 
 _TRAJECTORIES = "trajectories"
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """What an evaluation found, and everything needed to repeat it."""
-
-    summary: Summary
-    trajectories: Sequence[Trajectory]
-    """In the order of the task's examples, then of samples."""
-    settings: Mapping[str, Any]
-    """See ``opd_env.evaluation.settings.describe``; and ``problems``, how many were played."""
-    errors: Sequence[EpisodeError]
-    """Episodes that the kit failed to finish; they enter no rate, and another run plays them again."""
-    seconds: float
-    """Wall time of this run; episodes read back from an earlier one cost none."""
-
-    @property
-    def label(self) -> str:
-        """The task, its category if all problems share one, and the tools: a score with tools is always called that."""
-        tools = ", ".join(self.settings["tools"])
-        categories = [category for category in self.summary.by_category if category]
-        task = " ".join([self.settings["task"], *(categories if len(categories) == 1 else ())])
-        return f"{task} ({f'with tools: {tools}' if tools else 'no tools'})"
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values: those of ``Summary.to_json``, and how they came about."""
-        return self.summary.to_json() | {
-            "label": self.label,
-            "settings": dict(self.settings),
-            "versions": installed_versions(),
-            "errors": [asdict(error) for error in self.errors],
-            "seconds": self.seconds,
-        }
 
 
 def evaluate(
@@ -174,6 +140,61 @@ def evaluate(
     return result
 
 
+def describe(
+    task: Task,
+    chat: ChatFormat | None,
+    *,
+    model: str,
+    samples: int,
+    tools: Sequence[str | Tool] | None,
+    limits: RolloutLimits,
+    sampling: SamplingParams,
+    seed: int,
+    weights_hash: str = "",
+    server: str = "",
+) -> dict[str, Any]:
+    """The settings of an evaluation; equal for evaluations that may share their episodes.
+
+    Args:
+        task, samples, tools, limits, sampling, seed: as for ``evaluate``.
+        chat: the model's chat format; None for a model that is asked as text, whose server has a format of its own.
+        model: its name.
+        weights_hash: of its weights, when they can be read: tells two models of one name apart.
+        server: address of the chat server, which tells them apart where the weights cannot be read.
+    """
+    first = task.tools_of(task[0]) if tools is None else tools
+    with Toolbox(first) as toolbox:
+        schemas, levels = toolbox.schemas, toolbox.sandbox_levels()
+    names = [schema["function"]["name"] for schema in schemas]
+    each_its_own = tools is None and list(first) != list(task.tools)
+    return {
+        "model": model,
+        "weights_hash": weights_hash,
+        "server": server,
+        "task": task.name or type(task).__name__,
+        "version": task.version,
+        "split": task.split,
+        "size": len(task),
+        "tools": ["each problem's own"] if each_its_own else names,
+        "samples": samples,
+        "sampling": asdict(sampling) | {"max_tokens": limits.max_turn_tokens},
+        "limits": asdict(limits),
+        "seed": seed,
+        "sandbox": levels or None,
+        "chat_format": "chat completions" if chat is None else chat.name,
+        "prompt_hash": fingerprint_of([task[0].messages, schemas]),
+        "template_hash": "" if chat is None else _template_hash(chat),
+        # Said only when on: folders from before there was a choice can still be continued.
+        **({"repair_calls": True} if chat is not None and chat.repair else {}),
+    }
+
+
+def fingerprint_of(value: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of a JSON value."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _player(engine: Engine | ChatServer, chat: ChatFormat | None) -> Callable[..., list[EpisodeError]]:
     if isinstance(engine, ChatServer):
         return partial(play_by_chat, server=engine)
@@ -218,3 +239,12 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _write(path: Path, text: str) -> None:
     with explained(path), whole_or_nothing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def _template_hash(chat: ChatFormat) -> str:
+    """Tells apart two ways of writing the same conversation, whatever the task."""
+    tool = {"name": "probe", "description": "Probes.", "parameters": {"type": "object", "properties": {}}}
+    prompt = chat.render_prompt(
+        [system("Be a probe."), user("What is asked?")], [{"type": "function", "function": tool}]
+    )
+    return fingerprint_of(chat.decode(prompt + chat.render_tool_results([tool_message("probe", "This.")])))

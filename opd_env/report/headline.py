@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opd_env.evaluation.paired import compare_paired
 from opd_env.evaluation.read_run import Run
+from opd_env.evaluation.statistics import compare_paired
 
 
 def headline(run: Run) -> str:

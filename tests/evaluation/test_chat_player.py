@@ -21,7 +21,8 @@ from opd_env.episode.trajectory import StopReason
 from opd_env.evaluation.chat_player import _action, _safe_names
 from opd_env.evaluation.chat_server import ChatServer, NativeCall, Reply, ServerRefused
 from opd_env.evaluation.comparison import compare, read_side
-from opd_env.evaluation.run import EvaluationResult, evaluate
+from opd_env.evaluation.result import EvaluationResult
+from opd_env.evaluation.run import evaluate
 from opd_env.formats import parse_hermes
 from opd_env.plugins.exports import export_evaluation
 from opd_env.report.comparison_page import write_comparison

@@ -11,8 +11,7 @@ import pytest
 from opd_env.cli import main
 from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.comparison import NotComparable, Side, compare, named_by_model, read_side
-from opd_env.evaluation.paired import compare_paired, sign_test
-from opd_env.evaluation.statistics import rate
+from opd_env.evaluation.statistics import compare_paired, rate, sign_test
 from opd_env.report.comparison_page import write_comparison
 from tests.episode.trajectory_samples import Call, make_trajectories, make_trajectory
 from tests.run_samples import make_run, write_evaluation

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_env.evaluation.paired import compare_paired, difference_of_shares, sign_test
-from opd_env.evaluation.statistics import bootstrap_interval
+from opd_env.evaluation.statistics import bootstrap_interval, compare_paired, difference_of_shares, sign_test
 
 ONES = [1.0] * 6
 

@@ -22,8 +22,8 @@ from opd_env.engines.models import weights_hash
 from opd_env.episode.limits import RolloutLimits
 from opd_env.episode.store import StoreError, TrajectoryWriter, load_trajectories
 from opd_env.evaluation.counts import Summary
-from opd_env.evaluation.run import EvaluationResult, evaluate, results_markdown, results_table
-from opd_env.evaluation.settings import describe
+from opd_env.evaluation.result import EvaluationResult, results_markdown, results_table
+from opd_env.evaluation.run import describe, evaluate
 from opd_env.evaluation.statistics import wilson
 from opd_env.formats import Rendered, get_format
 from opd_env.messages import Message, assistant, user

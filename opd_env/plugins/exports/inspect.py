@@ -18,7 +18,7 @@ from opd_env.episode.files import explained, whole_or_nothing
 from opd_env.episode.trajectory import CallRecord, StopReason, Trajectory, TurnRecord
 from opd_env.evaluation.comparison import Side
 from opd_env.evaluation.counts import fractions, rate_of
-from opd_env.evaluation.settings import fingerprint_of
+from opd_env.evaluation.run import fingerprint_of
 from opd_env.evaluation.statistics import standard_error
 from opd_env.formats import FORMATS, parse_hermes
 from opd_env.formats.json_calls import DECODER

@@ -19,7 +19,7 @@ from opd_env.episode.files import explained, whole_or_nothing
 from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.comparison import Side
 from opd_env.evaluation.counts import NEITHER_GOOD_NOR_BAD, WORSE_WHEN_HIGHER, fractions, rate_of
-from opd_env.evaluation.settings import fingerprint_of
+from opd_env.evaluation.run import fingerprint_of
 from opd_env.evaluation.statistics import standard_error
 
 _FILTER = "none"

@@ -27,7 +27,7 @@ import torch
 from accelerate.utils import gather_object
 
 from opd_env.episode.files import UNFINISHED, explained
-from opd_env.evaluation.settings import installed_versions
+from opd_env.evaluation.result import installed_versions
 from opd_env.settings.fields import ConfigError, flat_dict
 from opd_env.tasks import Task
 from opd_env.trainer.run.config import OPDConfig

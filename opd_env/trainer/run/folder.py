@@ -28,7 +28,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from opd_env.episode.files import UNFINISHED, explained, remove_unfinished, whole_or_nothing
-from opd_env.evaluation.run import installed_versions
+from opd_env.evaluation.result import installed_versions
 from opd_env.settings.fields import ConfigError, build, flat_dict, read_yaml, to_yaml
 from opd_env.trainer.run.config import UNHASHED, OPDConfig, Resume
 

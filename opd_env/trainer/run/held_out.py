@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from opd_env.engines.base import Engine, SamplingParams
-from opd_env.evaluation.run import EvaluationResult, evaluate
+from opd_env.evaluation.result import EvaluationResult
+from opd_env.evaluation.run import evaluate
 from opd_env.formats import ChatFormat
 from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.run.display import Display

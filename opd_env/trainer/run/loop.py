@@ -32,7 +32,7 @@ from opd_env.engines.models import LoadedModel
 from opd_env.episode.rollouts import RolloutResult
 from opd_env.errors import TrainingError
 from opd_env.evaluation.read_run import read_metrics
-from opd_env.evaluation.run import installed_versions
+from opd_env.evaluation.result import installed_versions
 from opd_env.report.headline import no_better
 from opd_env.report.page import write_report
 from opd_env.trainer.batch import PolicyModule

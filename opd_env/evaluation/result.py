@@ -1,7 +1,8 @@
-"""Tables of evaluation results, for the terminal and as Markdown.
+"""What an evaluation found, and its tables for the terminal and as Markdown.
 
 Worked example::
 
+    result = evaluate(load_task("arithmetic", "test"), engine, chat, limit=200)
     rich.print(results_table([result]))
     Path("results.md").write_text(results_markdown([result]))
 
@@ -10,16 +11,63 @@ Test it alone: ``pytest tests/evaluation/test_run.py``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import TYPE_CHECKING, Any
 
+from opd_env.episode.rollouts import EpisodeError
+from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.counts import RATES, Summary
 from opd_env.evaluation.statistics import Rate
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from opd_env.evaluation.run import EvaluationResult
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found, and everything needed to repeat it."""
+
+    summary: Summary
+    trajectories: Sequence[Trajectory]
+    """In the order of the task's examples, then of samples."""
+    settings: Mapping[str, Any]
+    """See ``opd_env.evaluation.run.describe``; and ``problems``, how many were played."""
+    errors: Sequence[EpisodeError]
+    """Episodes that the kit failed to finish; they enter no rate, and another run plays them again."""
+    seconds: float
+    """Wall time of this run; episodes read back from an earlier one cost none."""
+
+    @property
+    def label(self) -> str:
+        """The task, its category if all problems share one, and the tools: a score with tools is always called that."""
+        tools = ", ".join(self.settings["tools"])
+        categories = [category for category in self.summary.by_category if category]
+        task = " ".join([self.settings["task"], *(categories if len(categories) == 1 else ())])
+        return f"{task} ({f'with tools: {tools}' if tools else 'no tools'})"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values: those of ``Summary.to_json``, and how they came about."""
+        return self.summary.to_json() | {
+            "label": self.label,
+            "settings": dict(self.settings),
+            "versions": installed_versions(),
+            "errors": [asdict(error) for error in self.errors],
+            "seconds": self.seconds,
+        }
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the kit and of what its numbers depend on; packages that are not installed are left out."""
+    versions = {"python": python_version()}
+    for package in ("opd-env", "torch", "transformers", "tokenizers", "gymnasium", "numpy", "datasets", "peft"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def results_table(results: Sequence[EvaluationResult]) -> Table:
