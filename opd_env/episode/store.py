@@ -22,27 +22,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import overload
+from typing import TYPE_CHECKING, Any, overload
 
-from opd_env.episode.files import (
-    JOURNAL,
-    PARQUET,
-    Journal,
-    ParquetRows,
-    Rows,
-    StoreError,
-    explained,
-    journal_line,
-    whole_or_nothing,
-    write_parquet,
-)
+from opd_env.episode.files import StoreError, explained, whole_or_nothing
 from opd_env.episode.trajectory import Trajectory
 
-__all__ = ["StoreError", "StoredTrajectories", "TrajectoryWriter", "load_trajectories", "save_trajectories"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+JOURNAL, PARQUET = ".jsonl", ".parquet"
+_ROWS_PER_GROUP = 128
+"""Rows that are written to and read from Parquet at once."""
+_ADDED = {"category", "row_starts"}
+"""Columns with a default that files of earlier versions lack."""
 
 
 class TrajectoryWriter:
@@ -66,9 +64,8 @@ class TrajectoryWriter:
         with explained(self.journal):
             self.journal.parent.mkdir(parents=True, exist_ok=True)
             if self.parquet.exists() and not self.journal.exists():
-                rows = ParquetRows(self.parquet)
                 with whole_or_nothing(self.journal) as unfinished, unfinished.open("wb") as file:
-                    file.writelines(journal_line(rows.row(index)) for index in range(len(rows)))
+                    file.writelines(map(journal_line, _ParquetRows(self.parquet)))
             self._file: int | None = os.open(self.journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,7 +74,7 @@ class TrajectoryWriter:
                 raise StoreError(
                     f"{self.journal} is being written by another process; wait for it or choose another folder"
                 ) from error
-            os.ftruncate(self._file, 0 if overwrite else Journal(self.journal).size)
+            os.ftruncate(self._file, 0 if overwrite else _Journal(self.journal).size)
 
     def append(self, trajectory: Trajectory) -> None:
         """Stores one finished episode; once this has returned, killing the process cannot lose it.
@@ -107,8 +104,7 @@ class TrajectoryWriter:
         if self._file is None:
             return
         try:
-            rows = Journal(self.journal)
-            write_parquet((rows.row(index) for index in range(len(rows))), self.parquet)
+            _write_parquet(_Journal(self.journal), self.parquet)
             with explained(self.journal):
                 self.journal.unlink()
         finally:
@@ -145,7 +141,7 @@ def save_trajectories(trajectories: Iterable[Trajectory], path: str | Path) -> P
     if path.suffix != PARQUET:
         raise ValueError(f"trajectories are saved as Parquet, got {str(path)!r}; end the name with {PARQUET}")
     # By way of the journal's text, so that both formats hold the same for every string.
-    write_parquet((json.loads(journal_line(trajectory.to_row())) for trajectory in trajectories), path)
+    _write_parquet((json.loads(journal_line(trajectory.to_row())) for trajectory in trajectories), path)
     return path
 
 
@@ -168,13 +164,21 @@ def load_trajectories(path: str | Path) -> StoredTrajectories:
     if not files or not files[0].exists():
         raise StoreError(f"no trajectories at {str(path)!r}; expected {PARQUET} or {JOURNAL}, or a folder of them")
     with explained(path):
-        return StoredTrajectories([Journal(f) if f.suffix == JOURNAL else ParquetRows(f) for f in files])
+        return StoredTrajectories([_Journal(f) if f.suffix == JOURNAL else _ParquetRows(f) for f in files])
+
+
+def load_written(folder: str | Path, name: str) -> StoredTrajectories | None:
+    """What a ``TrajectoryWriter`` of this folder and name has stored; None when there is no file."""
+    for suffix in (JOURNAL, PARQUET):  # while there is a journal, it is the truth
+        if (path := Path(folder) / f"{name}{suffix}").exists():
+            return load_trajectories(path)
+    return None
 
 
 class StoredTrajectories(Sequence[Trajectory]):
     """Trajectories that are read (and checked) when they are asked for. Made by ``load_trajectories``."""
 
-    def __init__(self, files: Sequence[Rows]) -> None:
+    def __init__(self, files: Sequence[_Rows]) -> None:
         self._files = files
         self._starts = [0]
         for file in files:
@@ -200,3 +204,137 @@ class StoredTrajectories(Sequence[Trajectory]):
         index %= len(self)
         number = bisect_right(self._starts, index) - 1
         return Trajectory.from_row(self._files[number].row(index - self._starts[number]))
+
+
+class _Rows(ABC):
+    """A file of rows, which are what ``Trajectory.to_row`` gives."""
+
+    cut = False
+    """The last row was cut short by a kill and is left out."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def row(self, index: int) -> Mapping[str, Any]:
+        """The row at ``index``, which lies in ``range(len(self))``."""
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return map(self.row, range(len(self)))
+
+
+class _Journal(_Rows):
+    """Where the whole lines of a journal start and stop."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._starts = [0]
+        with path.open("rb") as file:
+            for line in file:
+                self.cut = not line.endswith(b"\n")
+                if not self.cut:
+                    self._starts.append(self._starts[-1] + len(line))
+
+    @property
+    def size(self) -> int:
+        """Bytes up to the end of the last whole line."""
+        return self._starts[-1]
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        start, stop = self._starts[index : index + 2]
+        with self._path.open("rb") as file:
+            file.seek(start)
+            line = file.read(stop - start)
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"the line holds a {type(row).__name__}, not an object")
+        except ValueError as error:
+            where = f"{self._path}:{index + 1}"
+            raise StoreError(f"{where}: no trajectory ({error}); delete the line to go on without it") from error
+        return row
+
+
+class _ParquetRows(_Rows):
+    """A Parquet file, of which one row group is held in memory."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            self._file = pq.ParquetFile(path)
+        except pa.ArrowInvalid as error:
+            raise StoreError(f"{path} is no Parquet file: {error}") from error
+        missing = set(arrow_schema().names) - set(self._file.schema_arrow.names) - _ADDED
+        if missing:
+            raise StoreError(f"{path} holds no trajectories: it lacks {', '.join(sorted(missing))}")
+        metadata = self._file.metadata
+        self._starts = [0]
+        for group in range(metadata.num_row_groups):
+            self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
+        self._group = -1
+        self._table: Any = None
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        group = bisect_right(self._starts, index) - 1
+        if group != self._group:
+            self._group, self._table = group, self._file.read_row_group(group)
+        row: Mapping[str, Any] = self._table.slice(index - self._starts[group], 1).to_pylist()[0]
+        return row
+
+
+def _write_parquet(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Writes ``rows`` whole or not at all; holds few of them at once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = arrow_schema()
+    with explained(path), whole_or_nothing(path) as unfinished, pq.ParquetWriter(unfinished, schema) as writer:
+        left = iter(rows)
+        while batch := list(islice(left, _ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema), row_group_size=_ROWS_PER_GROUP)
+
+
+def journal_line(row: Mapping[str, Any]) -> bytes:
+    """A row as a journal holds it."""
+    text = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        # A tool call may hold half of a surrogate pair ("\ud83d"), which no text file can: store U+FFFD.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def arrow_schema() -> pa.Schema:
+    """Columns of the Parquet files: the fields of ``Trajectory``, scores as a list of name and value."""
+    import pyarrow as pa
+
+    call = {
+        "name": pa.string(), "arguments": pa.string(), "start": pa.int64(), "stop": pa.int64(),
+        "output": pa.string(), "error": pa.string(), "seconds": pa.float64(), "repairs": pa.list_(pa.string()),
+        "retries": pa.int64(),
+    }  # fmt: skip
+    turn = {
+        "start": pa.int64(), "stop": pa.int64(), "text": pa.string(), "truncated": pa.bool_(),
+        "calls": pa.list_(pa.struct(call)), "generate_seconds": pa.float64(), "tool_seconds": pa.float64(),
+        "user": pa.string(),
+    }  # fmt: skip
+    return pa.schema(
+        {
+            "task": pa.string(), "example_id": pa.string(), "sample": pa.int64(),
+            "token_ids": pa.list_(pa.int32()), "sampled": pa.list_(pa.bool_()), "kind": pa.list_(pa.uint8()),
+            "turn": pa.list_(pa.int16()), "logprobs": pa.list_(pa.float32()), "turns": pa.list_(pa.struct(turn)),
+            "stop_reason": pa.string(), "answer": pa.string(), "correct": pa.bool_(), "difficulty": pa.int64(),
+            "category": pa.string(), "seed": pa.int64(), "row_starts": pa.list_(pa.int64()),
+            "drift": pa.int64(), "extracted": pa.string(),
+            "grade_reason": pa.string(), "scores": pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()})),
+            "question": pa.string(), "seconds": pa.float64(),
+        }
+    )  # fmt: skip

@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from opd_env.episode.store import load_trajectories
+from opd_env.episode.store import load_written
 from opd_env.episode.trajectory import Decode, Trajectory
 from opd_env.errors import UserError
 from opd_env.evaluation.counts import Fraction, Summary, Tally, fractions, rate_of, tally
-from opd_env.evaluation.read_run import Run, read_json, tokenizer_of
+from opd_env.evaluation.read_run import Played, Run, read_json, tokenizer_of
 from opd_env.evaluation.statistics import Difference, PairedComparison, Rate, compare_paired, difference_of_shares
 
 MUST_AGREE = ("task", "version", "split", "tools", "prompt_hash")
@@ -36,13 +36,6 @@ _RESULTS = "results.json"
 
 class NotComparable(UserError):
     """Evaluations that cannot be compared; the message says which, what differs, and what to do."""
-
-
-class Outcome(NamedTuple):
-    """How an episode of a problem ended, and where it is stored."""
-
-    place: int
-    correct: bool
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class Side:
         return self._read[0]
 
     @cached_property
-    def outcomes(self) -> dict[tuple[str, str], list[Outcome]]:
+    def played(self) -> dict[tuple[str, str], list[Played]]:
         """Episodes by task and example id."""
         return self._read[1]
 
@@ -82,18 +75,18 @@ class Side:
         return self._read[2]
 
     @cached_property
-    def _read(self) -> tuple[Tally, dict[tuple[str, str], list[Outcome]], dict[tuple[str, str], str]]:
-        outcomes: dict[tuple[str, str], list[Outcome]] = {}
+    def _read(self) -> tuple[Tally, dict[tuple[str, str], list[Played]], dict[tuple[str, str], str]]:
+        played: dict[tuple[str, str], list[Played]] = {}
         questions: dict[tuple[str, str], str] = {}
 
         def noted() -> Iterator[Trajectory]:
             for place, one in enumerate(self.trajectories):
                 key = one.task, one.example_id
-                outcomes.setdefault(key, []).append(Outcome(place, one.correct))
+                played.setdefault(key, []).append(Played(place, one.sample, one.correct))
                 questions[key] = one.question
                 yield one
 
-        return tally(noted()), outcomes, questions
+        return tally(noted()), played, questions
 
 
 @dataclass(frozen=True)
@@ -169,9 +162,8 @@ def read_side(path: str | Path, *, name: str = "") -> Side:
         )
     if "settings" not in stored:
         raise NotComparable(f"{place / _RESULTS} does not say how it was played (no settings); evaluate again")
-    files = [place / f"trajectories{suffix}" for suffix in (".jsonl", ".parquet")]
-    files = [file for file in files if file.exists()]
-    if not files:
+    trajectories = load_written(place, "trajectories")
+    if trajectories is None:
         raise NotComparable(f"{place} holds no trajectories beside its results, so its problems cannot be paired")
     home = place.parent.parent if place.parent.name == "evaluations" else place
     given = str(place if home == place else home)
@@ -181,7 +173,7 @@ def read_side(path: str | Path, *, name: str = "") -> Side:
         settings=stored["settings"],
         versions=stored.get("versions", {}),
         label=stored.get("label", ""),
-        trajectories=load_trajectories(files[0]),
+        trajectories=trajectories,
         finished=(place / _RESULTS).stat().st_mtime,
         curve=curve,
         decode=tokenizer_of(home),
@@ -206,7 +198,7 @@ def compare(first: Side, second: Side) -> Comparison:
         one, other = first.settings.get(name), second.settings.get(name)
         if one != other:
             _refuse(first, second, f"{name.replace('_', ' ')} is {one!r} in the first and {other!r} in the second")
-    common = [key for key in first.outcomes if key in second.outcomes]
+    common = [key for key in first.played if key in second.played]
     if not common:
         _refuse(first, second, "they have no problem in common")
     for key in common:
@@ -263,17 +255,17 @@ def _flip(first: Side, second: Side, key: tuple[str, str], *, gained: bool) -> F
     """With several episodes, the first wrong one beside the first right one."""
 
     def shown(side: Side, correct: bool) -> int:
-        outcomes = side.outcomes[key]
-        return next((one.place for one in outcomes if one.correct == correct), outcomes[0].place)
+        episodes = side.played[key]
+        return next((one.place for one in episodes if one.correct == correct), episodes[0].place)
 
     return Flip(key[1], first.questions[key], shown(first, not gained), shown(second, gained))
 
 
 def _notes(first: Side, second: Side, common: int) -> Iterator[str]:
     for side in (first, second):
-        alone = len(side.outcomes) - common
+        alone = len(side.played) - common
         if alone:
-            yield f"{alone} of {len(side.outcomes)} problems were played only in {side.name}; they are left out"
+            yield f"{alone} of {len(side.played)} problems were played only in {side.name}; they are left out"
     for title, ours, theirs in (
         ("settings", first.settings, second.settings),
         ("versions", first.versions, second.versions),

@@ -20,7 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opd_env.episode.store import load_trajectories
+from opd_env.episode.store import load_written
 from opd_env.episode.trajectory import Decode, Trajectory
 from opd_env.evaluation.counts import REQUIRED, Summary
 from opd_env.evaluation.statistics import Rate
@@ -29,10 +29,11 @@ MODELS = {"before": "Student before", "after": "Student after", "teacher": "Teac
 """Entries of ``results.json``, in the order of the page, and what they are called."""
 
 
-class Outcome(NamedTuple):
-    """What a report needs of every episode."""
+class Played(NamedTuple):
+    """One episode of a problem."""
 
-    example_id: str
+    place: int
+    """Where it is among the stored trajectories."""
     sample: int
     correct: bool
 
@@ -55,22 +56,22 @@ class Model:
     """Teacher minus student log-probs of an episode's sampled tokens, by ``example_id/sample``, if stored."""
 
     @cached_property
-    def outcomes(self) -> list[Outcome]:
-        """How every episode ended; reads all of them once."""
-        return [Outcome(one.example_id, one.sample, one.correct) for one in self.trajectories]
+    def played(self) -> dict[str, list[Played]]:
+        """Its episodes by example id; reads all of them once."""
+        found: dict[str, list[Played]] = {}
+        for place, one in enumerate(self.trajectories):
+            found.setdefault(one.example_id, []).append(Played(place, one.sample, one.correct))
+        return found
 
     @property
     def scores(self) -> dict[str, float]:
         """Share of correct episodes per problem."""
-        correct: dict[str, list[bool]] = {}
-        for outcome in self.outcomes:
-            correct.setdefault(outcome.example_id, []).append(outcome.correct)
-        return {example_id: sum(rights) / len(rights) for example_id, rights in correct.items()}
+        return {key: sum(one.correct for one in episodes) / len(episodes) for key, episodes in self.played.items()}
 
-    @cached_property
-    def first_episodes(self) -> dict[str, int]:
-        """Where in ``trajectories`` the first episode of each problem is."""
-        return {outcome.example_id: place for place, outcome in enumerate(self.outcomes) if outcome.sample == 0}
+    @property
+    def first_episodes(self) -> dict[str, Played]:
+        """The first episode of each problem."""
+        return {key: one for key, episodes in self.played.items() for one in episodes if one.sample == 0}
 
 
 @dataclass(frozen=True)
@@ -189,14 +190,13 @@ def _model(folder: Path, key: str, title: str, entry: Any) -> Model | None:
     low, high = entry["accuracy_ci"]
     accuracy = Rate(entry["accuracy"], low, high, entry["n"])
     place = folder if key == "evaluation" else folder / "evaluations" / key
-    files = [place / name for name in ("trajectories.jsonl", "trajectories.parquet") if (place / name).exists()]
     return Model(
         key=key.partition("_")[0],
         title=title,
         accuracy=accuracy,
         summary=Summary.from_json(entry) if set(entry) >= REQUIRED else None,
         label=str(read_json(place / "results.json").get("evaluation", {}).get("label", "")),
-        trajectories=load_trajectories(files[0]) if files else (),
+        trajectories=load_written(place, "trajectories") or (),
         log_ratios=read_json(place / "log_ratios.json"),
     )
 

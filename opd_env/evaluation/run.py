@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from opd_env.engines.base import GREEDY, Engine, SamplingParams
-from opd_env.episode.files import JOURNAL, PARQUET, explained, whole_or_nothing
+from opd_env.episode.files import explained, write_whole
 from opd_env.episode.limits import RolloutLimits
 from opd_env.episode.rollouts import EpisodeError, rollout
-from opd_env.episode.store import TrajectoryWriter, load_trajectories
+from opd_env.episode.store import JOURNAL, TrajectoryWriter, load_written
 from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.chat_player import play_by_chat
 from opd_env.evaluation.chat_server import ChatServer
@@ -104,7 +104,8 @@ def evaluate(
     finished: dict[tuple[str, int], Trajectory] = {}
     if folder is not None:
         _claim(Path(folder), settings)
-        finished = {(one.example_id, one.sample): one for one in _stored(Path(folder)) if one.example_id in index_of}
+        stored = load_written(folder, _TRAJECTORIES) or ()
+        finished = {(one.example_id, one.sample): one for one in stored if one.example_id in index_of}
     missing = [
         (index, sample) for key, index in index_of.items() for sample in range(samples) if (key, sample) not in finished
     ]
@@ -136,7 +137,7 @@ def evaluate(
     )
     if folder is not None:
         _write_json(Path(folder) / "results.json", {"evaluation": result.to_json()})
-        _write(Path(folder) / "results.md", results_markdown([result]))
+        write_whole(Path(folder) / "results.md", results_markdown([result]))
     return result
 
 
@@ -223,22 +224,8 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _stored(folder: Path) -> Sequence[Trajectory]:
-    """Episodes of earlier runs; the journal counts while there is one."""
-    for suffix in (JOURNAL, PARQUET):
-        path = folder / f"{_TRAJECTORIES}{suffix}"
-        if path.exists():
-            return load_trajectories(path)
-    return ()
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with explained(path), whole_or_nothing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _template_hash(chat: ChatFormat) -> str:

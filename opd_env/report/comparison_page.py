@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opd_env.episode.files import explained, whole_or_nothing
+from opd_env.episode.files import write_whole
 from opd_env.evaluation.comparison import Comparison, Flip, MetricDifference, Side
 from opd_env.evaluation.counts import NEITHER_GOOD_NOR_BAD, WORSE_WHEN_HIGHER
 from opd_env.evaluation.statistics import Rate
@@ -46,9 +46,7 @@ def write_comparison(comparisons: Sequence[Comparison], path: str | Path) -> Pat
         StoreError: the file cannot be written.
     """
     path = Path(path)
-    page = page_template("compare.html.jinja").render(_context(comparisons))
-    with explained(path), whole_or_nothing(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
+    write_whole(path, page_template("compare.html.jinja").render(_context(comparisons)))
     return path
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opd_env.episode.files import explained, whole_or_nothing
+from opd_env.episode.files import write_whole
 from opd_env.evaluation.read_run import Run
 from opd_env.settings.fields import ConfigError
 
@@ -43,8 +43,7 @@ def publish(run: str | Path, *, push: str | None = None, private: bool = False, 
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{str(run)!r} holds no trained model yet; start the same opd-env train again to finish it")
     card = folder / "README.md"
-    with explained(card), whole_or_nothing(card) as unfinished:
-        unfinished.write_text(model_card(Run.read(run), push or Path(run).resolve().name), encoding="utf-8")
+    write_whole(card, model_card(Run.read(run), push or Path(run).resolve().name))
     if push is not None:
         if hub is None:
             from huggingface_hub import HfApi

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from opd_env.episode.files import explained, whole_or_nothing
+from opd_env.episode.files import write_whole
 from opd_env.episode.trajectory import Decode, Trajectory
 from opd_env.evaluation.read_run import Model, Run
 from opd_env.evaluation.statistics import Rate
@@ -48,10 +48,8 @@ def write_report(run_folder: str | Path) -> Path:
         StoreError: the report cannot be written.
     """
     run = Run.read(run_folder)
-    page = page_template("report.html.jinja").render(_context(run))
     path = Path(run_folder) / "report.html"
-    with explained(path), whole_or_nothing(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
+    write_whole(path, page_template("report.html.jinja").render(_context(run)))
     return path
 
 
@@ -188,12 +186,12 @@ def _episodes(models: Sequence[Model], decode: Decode | None) -> list[dict[str, 
     shown = [model for model in models if model.key != "teacher" and len(model.trajectories)]
     if not shown:
         return []
-    solved = [{key: model.outcomes[at].correct for key, at in model.first_episodes.items()} for model in shown]
+    solved = [{key: one.correct for key, one in model.first_episodes.items()} for model in shown]
     episodes = []
     for example_id in choose_examples(solved[0] if len(shown) > 1 else {}, solved[-1], EXAMPLES):
         played = []
         for model in shown:
-            one = model.trajectories[model.first_episodes[example_id]]
+            one = model.trajectories[model.first_episodes[example_id].place]
             played.append((model, one, transcript(one, decode, _log_ratio(model, one))))
         episodes.append({"question": shorten(played[-1][1].question), "played": played})
     return episodes

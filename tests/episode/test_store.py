@@ -19,8 +19,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_env.episode.files import arrow_schema, journal_line
-from opd_env.episode.store import StoreError, TrajectoryWriter, load_trajectories, save_trajectories
+from opd_env.episode.files import StoreError
+from opd_env.episode.store import (
+    TrajectoryWriter,
+    arrow_schema,
+    journal_line,
+    load_trajectories,
+    load_written,
+    save_trajectories,
+)
 from opd_env.episode.trajectory import StopReason, Trajectory
 from opd_env.tools import ToolErrorKind
 from tests.episode.trajectory_samples import Call, make_trajectories, make_trajectory
@@ -63,9 +70,11 @@ def test_an_open_journal_and_its_parquet_hold_the_same(tmp_path: Path) -> None:
     for number, trajectory in enumerate(made, start=1):
         writer.append(trajectory)
         assert len(load_trajectories(writer.journal)) == number  # visible at once, before close
-    assert rows(load_trajectories(tmp_path)) == rows(made)
+    assert rows(load_trajectories(tmp_path)) == rows(load_written(tmp_path, "after")) == rows(made)
     writer.close()
     writer.close()
+    assert rows(load_written(tmp_path, "after")) == rows(made)
+    assert load_written(tmp_path, "before") is None
     assert [file.name for file in tmp_path.iterdir()] == ["after.parquet"]
     assert rows(load_trajectories(tmp_path / "after.parquet")) == rows(made)
 
@@ -269,7 +278,8 @@ def test_a_full_disk_is_one_sentence_and_takes_the_half_line_back(tmp_path: Path
     code = """
         import resource, signal, sys
         from tests.episode.trajectory_samples import make_trajectories
-        from opd_env.episode.store import StoreError, TrajectoryWriter, save_trajectories
+        from opd_env.episode.files import StoreError
+        from opd_env.episode.store import TrajectoryWriter, save_trajectories
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)           # a write past the limit fails like a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

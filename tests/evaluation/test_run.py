@@ -19,8 +19,9 @@ import torch
 
 from opd_env.engines.base import GREEDY, Engine, Request, SamplingParams, ScriptedEngine
 from opd_env.engines.models import weights_hash
+from opd_env.episode.files import StoreError
 from opd_env.episode.limits import RolloutLimits
-from opd_env.episode.store import StoreError, TrajectoryWriter, load_trajectories
+from opd_env.episode.store import TrajectoryWriter, load_trajectories
 from opd_env.evaluation.counts import Summary
 from opd_env.evaluation.result import EvaluationResult, results_markdown, results_table
 from opd_env.evaluation.run import describe, evaluate

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_env.episode.store import StoreError, load_trajectories
+from opd_env.episode.files import StoreError
+from opd_env.episode.store import load_trajectories
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.report.page import write_report
 from opd_env.tools import ToolErrorKind

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from opd_env.episode.files import explained, whole_or_nothing
+from opd_env.episode.files import write_whole
 from opd_env.episode.trajectory import CallRecord, StopReason, Trajectory, TurnRecord
 from opd_env.evaluation.comparison import Side
 from opd_env.evaluation.counts import fractions, rate_of
@@ -58,8 +58,7 @@ def write_inspect_log(side: Side, output: Path) -> list[Path]:
         "stats": {"started_at": finished, "completed_at": finished, "model_usage": {}},
         "samples": [_sample(one, settings) for one in side.trajectories],
     }
-    with explained(path), whole_or_nothing(path) as unfinished:
-        unfinished.write_text(json.dumps(log, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(log, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
     return [path]
 
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from opd_env.episode.files import explained, whole_or_nothing
+from opd_env.episode.files import write_whole
 from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.comparison import Side
 from opd_env.evaluation.counts import NEITHER_GOOD_NOR_BAD, WORSE_WHEN_HIGHER, fractions, rate_of
@@ -38,8 +38,7 @@ def write_lm_eval(side: Side, output: Path) -> list[Path]:
     }
     paths = [output / model / name for name in files]
     for path, text in zip(paths, files.values(), strict=True):
-        with explained(path), whole_or_nothing(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     return paths
 
 
@@ -84,8 +83,8 @@ def _samples(side: Side) -> list[dict[str, Any]]:
     """One entry per problem; its episodes are the repeats."""
     settings = side.settings
     rows = []
-    for number, (key, outcomes) in enumerate(side.outcomes.items()):
-        played = [side.trajectories[outcome.place] for outcome in outcomes]
+    for number, (key, episodes) in enumerate(side.played.items()):
+        played = [side.trajectories[one.place] for one in episodes]
         document = {"id": key[1], "question": side.questions[key]}
         rows.append(
             {

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opd_env.episode.files import explained, whole_or_nothing
+from opd_env.episode.files import explained, write_whole
 from opd_env.episode.trajectory import StopReason, Trajectory
 from opd_env.evaluation.counts import RATES, tally
 from opd_env.evaluation.read_run import read_metrics
@@ -125,8 +125,7 @@ class MetricsLog:
     def __init__(self, path: str | Path, last_step: int = 0) -> None:
         self.path = Path(path)
         lines = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= last_step]
-        with explained(self.path), whole_or_nothing(self.path) as unfinished:
-            unfinished.write_text("".join(lines), encoding="utf-8")
+        write_whole(self.path, "".join(lines))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one step; numbers that are not finite become null, which every JSON reader knows."""

@@ -31,8 +31,9 @@ import torch
 from accelerate.utils import gather_object
 
 from opd_env.engines.base import Engine, SamplingParams
+from opd_env.episode.files import StoreError
 from opd_env.episode.rollouts import EpisodeError, RolloutResult, rollout
-from opd_env.episode.store import StoreError, TrajectoryWriter, load_trajectories, save_trajectories
+from opd_env.episode.store import TrajectoryWriter, load_trajectories, save_trajectories
 from opd_env.errors import TrainingError, UserError
 from opd_env.trainer.learn.update import Updater
 from opd_env.trainer.run.checkpoint import Checkpoint

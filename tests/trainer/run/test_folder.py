@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_env.episode.store import StoreError
+from opd_env.episode.files import StoreError
 from opd_env.settings.fields import ConfigError
 from opd_env.trainer.run.config import load_config
 from opd_env.trainer.run.folder import RunFolder, git_state

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd_env.episode.store import StoreError
+from opd_env.episode.files import StoreError
 from opd_env.episode.trajectory import CallRecord, StopReason, TurnRecord
 from opd_env.evaluation.counts import summarise
 from opd_env.evaluation.read_run import read_metrics
