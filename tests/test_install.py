@@ -62,11 +62,12 @@ def tree() -> str:
 
 @pytest.fixture
 def empty(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """An environment without packages. Dependencies come from this one through PYTHONPATH, which runs no .pth file, so
-    that the checkout itself cannot be found."""
+    """An environment without packages. Dependencies come from this one, behind its own packages and without the .pth
+    files there, so that the checkout itself cannot be found."""
     venv.create(tmp_path / "empty", with_pip=False, symlinks=True)
-    packages = os.pathsep.join(site.getsitepackages())
-    return tmp_path / "empty" / "bin" / "python", {**os.environ, "PYTHONPATH": packages}
+    (packages,) = (tmp_path / "empty" / "lib").glob("*/site-packages")
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return tmp_path / "empty" / "bin" / "python", {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
 
 def from_a_zip_archive(tree: str, tmp: Path) -> Path:

@@ -9,6 +9,7 @@ import pytest
 
 import opd_env
 
+
 def run(*words: object, **options: object) -> str:
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout + done.stderr
