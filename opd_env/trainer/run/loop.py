@@ -11,7 +11,8 @@ One step:
 1. roll out: the student plays ``episodes_per_step`` episodes with real tool calls, at temperature 1
 2. score: the teacher reads the same tokens
 3. update: OPD+ advantages of the sampled tokens (or exact sums over the vocabulary), one AdamW step
-4. log, and now and then evaluate and write a checkpoint
+4. hand over: the engine gets the new weights
+5. write down: metrics, and now and then an evaluation and a checkpoint
 
 With ``rollout_ahead``, step t + 1 is rolled out while step t is scored and updated; see ``step_rollouts``.
 
@@ -29,7 +30,6 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from opd_env.engines.models import LoadedModel
-from opd_env.episode.rollouts import RolloutResult
 from opd_env.errors import TrainingError
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.evaluation.result import installed_versions
@@ -111,7 +111,11 @@ class OPDTrainer:
         self.checkpoints = Checkpoints(self.folder.path / "checkpoints", keep=config.run.checkpoint_keep)
         self.display = Display(console, enabled=self._is_main)
         self.held_out = HeldOut(config, parts, self.folder, self.accelerator, self.display)
-        self._gap_warned = False
+        self.step = 0
+        """Steps that are done."""
+        self.results: dict[str, Any] = {}
+        """What ``results.json`` holds."""
+        self._whole, self._aligned, self._gap_warned = True, False, False
 
     def train(self) -> dict[str, Any]:
         """Runs to the end, or continues a run that was stopped; returns what ``results.json`` holds.
@@ -121,70 +125,100 @@ class OPDTrainer:
             TrainingError: the loss or the gradient is not finite, or a rollout failed as a whole.
             CheckpointError: a checkpoint cannot be written; earlier ones are kept.
         """
-        config, step = self.config, 0
+        run = self.config.run
+        with self._open() as interruption:
+            self._begin_or_continue()
+            advance = self.display.phase("training", run.steps, self.step)
+            with self._stopping_whole():
+                while self.step < run.steps:
+                    self._evaluate_if_due()
+                    began = time.perf_counter()
+                    played = self._roll_out()  # 1. the student acts
+                    with interruption.postponed():
+                        with self._one_piece():
+                            with self.rollouts.ahead(self.step + 1):
+                                metrics = self._learn(self.step, played)  # 2. teacher scores; 3. student updates
+                            metrics |= self._times(metrics, time.perf_counter() - began)
+                            self._update_engine()  # 4. the engine samples with the new weights from now on
+                            self.step += 1
+                        self._log(metrics)  # 5. what happened is written down
+                        if self.step == run.steps or _due(run.checkpoint_every, self.step):
+                            self._save(self.step)
+                    advance(self.step, shown_of(metrics))
+                name = f"{self.config.student.model} after {self.step} steps"
+                self.results["after"] = self.held_out.evaluate("after", self.engine, name)
+            return self._finish()
+
+    @contextmanager
+    def _open(self) -> Iterator[Interruption]:
+        """Holds everything that a run holds, and lets it go in the right order."""
         agree = self._any_process if self.accelerator.num_processes > 1 else None
         with (
             Interruption(agree, lambda: self.heartbeat.ended) as interruption,
             self.heartbeat, self.display, self._left(), closing(self.parts.teachers), closing(self.engine),
         ):  # fmt: skip
-            self._open()
-            results = self.folder.read_results()
-            progress = self._continue()
-            started = time.perf_counter()
+            on_main(self.accelerator, self.folder.open)
+            require_one_folder(self.accelerator, self.folder.path)
+            start_trackers(self.accelerator, self.config)
+            yield interruption
+
+    def _begin_or_continue(self) -> None:
+        """Restores the newest checkpoint; without one, evaluates the models and takes the supervised steps."""
+        self.results = self.folder.read_results()
+        progress = self._continue()
+        self._started = time.perf_counter() - (0.0 if progress is None else progress.seconds)
+        self._update_engine()
+        require_same_policy(self.engine, self.parts.student, self.parts.chat, self.accelerator)
+        if progress is None:
+            self.results = self._evaluate_before()
+            warm_start(self.config, self.parts, self.updater, self.display)
             self._update_engine()
-            require_same_policy(self.engine, self.parts.student, self.parts.chat, self.accelerator)
-            if progress is None:
-                results = self._start()
-                warm_start(config, self.parts, self.updater, self.display)
-                self._update_engine()
-            else:
-                step, started = progress.step, started - progress.seconds
-            log_file = self.folder.path / "metrics.jsonl"
-            evaluated = step > 0 and any(r["step"] == step and "eval/accuracy" in r for r in read_metrics(log_file))
-            log = MetricsLog(log_file, last_step=step) if self._is_main else None
-            advance = self.display.phase("training", config.run.steps, step)
-            aligned, settled = False, True
-            try:
-                while step < config.run.steps:
-                    if step and self._due(config.evaluation.every, step) and not evaluated:
-                        self._log(log, step, self.held_out.during(self.engine, step))
-                    evaluated = False
-                    began = time.perf_counter()
-                    played = self.rollouts.take(step)
-                    self._warn_of_failures(step + 1, played)
-                    if not aligned:
-                        untrained = None if step or config.run.sft_steps else config.student.model
-                        check_teacher(self.parts.teachers, played.trajectories, untrained)
-                        aligned = True
-                    with interruption.postponed():
-                        settled = False
-                        with self.rollouts.ahead(step + 1):
-                            metrics = self._learn(step, played)
-                        metrics |= self._times(metrics, time.perf_counter() - began)
-                        self._update_engine()
-                        step, settled = step + 1, True
-                        self._log(log, step, metrics)
-                        if step == config.run.steps or (
-                            config.run.checkpoint_every and step % config.run.checkpoint_every == 0
-                        ):
-                            self._save(step, time.perf_counter() - started)
-                    advance(step, shown_of(metrics))
-                results["after"] = self.held_out.evaluate(
-                    "after", self.engine, f"{config.student.model} after {step} steps"
+        else:
+            self.step = progress.step
+        log_file, step = self.folder.path / "metrics.jsonl", self.step
+        # A run that was killed after an evaluation has its numbers already.
+        self._evaluated = any(row["step"] == step and "eval/accuracy" in row for row in read_metrics(log_file))
+        self._metrics = MetricsLog(log_file, last_step=step) if self._is_main else None
+
+    @contextmanager
+    def _stopping_whole(self) -> Iterator[None]:
+        """On Ctrl-C, saves what is whole and tells how to continue."""
+        try:
+            yield
+        except StoppedAtOnce:
+            if not self.heartbeat.ended:
+                self.display.warn(
+                    f"stopped at once, by a second signal. {self._last_checkpoint()}; start the same command again to "
+                    "continue"
                 )
-            except StoppedAtOnce:
-                if not self.heartbeat.ended:
-                    self.display.warn(
-                        f"stopped at once, by a second signal. {self._last_checkpoint()}; start the same command again "
-                        "to continue"
-                    )
-                raise
-            except KeyboardInterrupt:
-                if settled and step > 0 and step not in self.checkpoints.steps():
-                    self._save(step, time.perf_counter() - started)
-                self.display.say(f"stopped after step {step}; start the same command again to continue")
-                raise
-            return self._finish(results, time.perf_counter() - started)
+            raise
+        except KeyboardInterrupt:
+            if self._whole and self.step > 0 and self.step not in self.checkpoints.steps():
+                self._save(self.step)
+            self.display.say(f"stopped after step {self.step}; start the same command again to continue")
+            raise
+
+    @contextmanager
+    def _one_piece(self) -> Iterator[None]:
+        """Around what may not be saved half done; a step that fails in it is not a step."""
+        self._whole = False
+        yield
+        self._whole = True
+
+    def _roll_out(self) -> StepEpisodes:
+        played = self.rollouts.take(self.step)
+        for error in played.errors[:1]:
+            self.display.warn(f"step {self.step + 1}: {len(played.errors)} episodes failed; the first: {error.message}")
+        if not self._aligned:
+            untrained = self.step == 0 and not self.config.run.sft_steps
+            check_teacher(self.parts.teachers, played.trajectories, self.config.student.model if untrained else None)
+            self._aligned = True
+        return played
+
+    def _evaluate_if_due(self) -> None:
+        if self.step and _due(self.config.evaluation.every, self.step) and not self._evaluated:
+            self._log(self.held_out.during(self.engine, self.step))
+        self._evaluated = False
 
     @contextmanager
     def _left(self) -> Iterator[None]:
@@ -205,10 +239,6 @@ class OPDTrainer:
     def _update_engine(self) -> None:
         update_engine(self.engine, self.parts.student.model, self.accelerator)
 
-    @staticmethod
-    def _due(every: int, step: int) -> bool:
-        return every > 0 and step % every == 0
-
     def _learn(self, step: int, played: StepEpisodes) -> dict[str, Any]:
         try:
             metrics = self.learner.learn(step, played)
@@ -226,7 +256,7 @@ class OPDTrainer:
             "tokens_per_s": metrics["rollout/sampled_tokens"] / seconds,
         }
 
-    def _start(self) -> dict[str, Any]:
+    def _evaluate_before(self) -> dict[str, Any]:
         """Evaluates student and teacher before any step; returns ``results.json`` as it then is."""
         config = self.config
         results: dict[str, Any] = {
@@ -245,11 +275,6 @@ class OPDTrainer:
             self.display.warn(f"the {no_better(teacher, student)}")
         return results
 
-    def _open(self) -> None:
-        on_main(self.accelerator, self.folder.open)
-        require_one_folder(self.accelerator, self.folder.path)
-        start_trackers(self.accelerator, self.config)
-
     def _continue(self) -> Progress | None:
         """Restores the newest checkpoint, if the run has one; forgets what was played after it."""
         checkpoint = self.checkpoints.newest()
@@ -260,32 +285,29 @@ class OPDTrainer:
             self.display.say(f"continuing after step {progress.step}, from {checkpoint.folder}")
         return progress
 
-    def _save(self, step: int, seconds: float) -> None:
+    def _save(self, step: int) -> None:
+        seconds = time.perf_counter() - self._started
         files = state_files(self.updater, Progress(self.config.config_hash, step, self.updater.updates, seconds))
         files |= self.rollouts.files(step)
         on_main(self.accelerator, lambda: self.checkpoints.save(step, files))
 
-    def _log(self, log: MetricsLog | None, step: int, metrics: Mapping[str, Any]) -> None:
-        if log is not None:
-            log.write({"step": step, **metrics})
-        self.accelerator.log(dict(metrics), step=step)
+    def _log(self, metrics: Mapping[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write({"step": self.step, **metrics})
+        self.accelerator.log(dict(metrics), step=self.step)
 
-    def _finish(self, results: dict[str, Any], seconds: float) -> dict[str, Any]:
-        results |= {"steps": self.config.run.steps, "seconds": seconds}
+    def _finish(self) -> dict[str, Any]:
+        self.results |= {"steps": self.config.run.steps, "seconds": time.perf_counter() - self._started}
 
         def write() -> None:
-            self.folder.write_json("results.json", results)
+            self.folder.write_json("results.json", self.results)
             self.folder.save_model(self.parts.save_student)
             write_report(self.folder.path)
             self.display.say(f"done: {self.parts.student.name}, results in {self.folder.path}")
 
         # All together: a process that leaves its group while another still works can wait for it forever.
         on_main(self.accelerator, write)
-        return results
-
-    def _warn_of_failures(self, step: int, played: RolloutResult) -> None:
-        for error in played.errors[:1]:
-            self.display.warn(f"step {step}: {len(played.errors)} episodes failed; the first: {error.message}")
+        return self.results
 
     def _warn_of_gap(self, step: int, gap: float) -> None:
         if gap > self.config.sampling.max_logprob_gap and not self._gap_warned:
@@ -306,3 +328,8 @@ class OPDTrainer:
     @property
     def _is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps, 0 for never, happens after this one."""
+    return every > 0 and step % every == 0
