@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd_env.cli.progress import progress_of
 from opd_env.episode.settings import ModelFields, SamplingFields, TaskFields
 from opd_env.settings.fields import ConfigError, number
 from opd_env.settings.read import configure
@@ -101,6 +100,7 @@ def _evaluate(settings: EvalSettings) -> int:
     from opd_env.evaluation.chat_server import ChatServer
     from opd_env.evaluation.result import results_table
     from opd_env.evaluation.run import evaluate
+    from opd_env.report.display import Display
 
     settings.register()
     if not settings.task:
@@ -121,7 +121,8 @@ def _evaluate(settings: EvalSettings) -> int:
         }
         server = engine.url if isinstance(engine, ChatServer) else ""
         folder = Path(settings.output) / _slug(model) / cache_name(task, chat, server=server, **options)
-        with progress_of(f"{task.name} ({task.split})") as meter:
+        with Display() as display:
+            meter = display.episodes(f"{task.name} ({task.split})")
             result = evaluate(
                 task, engine, chat, limit=settings.problems, folder=folder, progress=meter.advance,
                 on_finished=meter.count, **options,
@@ -182,6 +183,7 @@ def _rollout(settings: RolloutSettings) -> int:
     from opd_env.engines.base import SamplingParams
     from opd_env.episode.rollouts import rollout
     from opd_env.episode.store import save_trajectories
+    from opd_env.report.display import Display
 
     settings.register()
     task = load_task(settings.task, settings.split, **settings.task_options)
@@ -191,7 +193,8 @@ def _rollout(settings: RolloutSettings) -> int:
             f"first={settings.first} and problems={settings.problems} name none of the {len(task)} of {task.name}"
         )
     engine, chat, _ = _open(settings)
-    with progress_of(f"{task.name} ({task.split})") as meter:
+    with Display() as display:
+        meter = display.episodes(f"{task.name} ({task.split})")
         finished: list[Trajectory] = []
 
         def keep(trajectory: Trajectory) -> None:

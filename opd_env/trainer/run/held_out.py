@@ -15,8 +15,8 @@ from opd_env.engines.base import Engine, SamplingParams
 from opd_env.evaluation.result import EvaluationResult
 from opd_env.evaluation.run import evaluate
 from opd_env.formats import ChatFormat
+from opd_env.report.display import Display
 from opd_env.trainer.run.config import OPDConfig
-from opd_env.trainer.run.display import Display
 from opd_env.trainer.run.folder import RunFolder
 from opd_env.trainer.run.processes import on_main
 from opd_env.trainer.run.setup import Parts

@@ -33,6 +33,7 @@ from opd_env.engines.models import LoadedModel
 from opd_env.errors import TrainingError
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.evaluation.result import installed_versions
+from opd_env.report.display import Display
 from opd_env.report.headline import no_better
 from opd_env.report.page import write_report
 from opd_env.trainer.batch import PolicyModule
@@ -40,14 +41,13 @@ from opd_env.trainer.learn.update import Updater
 from opd_env.trainer.run.agreement import facts_of, require_one_folder, require_same
 from opd_env.trainer.run.checkpoint import Checkpoints
 from opd_env.trainer.run.config import OPDConfig
-from opd_env.trainer.run.display import Display, shown_of
 from opd_env.trainer.run.engine import make_engine, require_same_policy, update_engine
 from opd_env.trainer.run.folder import RunFolder, git_state
 from opd_env.trainer.run.heartbeat import Heartbeat
 from opd_env.trainer.run.held_out import HeldOut
 from opd_env.trainer.run.interruption import Interruption, StoppedAtOnce
 from opd_env.trainer.run.learner import Learner
-from opd_env.trainer.run.metrics import MetricsLog
+from opd_env.trainer.run.metrics import MetricsLog, shown_of
 from opd_env.trainer.run.problems import StepProblems
 from opd_env.trainer.run.processes import on_main
 from opd_env.trainer.run.rollouts import StepEpisodes, StepRollouts

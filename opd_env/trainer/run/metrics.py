@@ -136,6 +136,12 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
+def shown_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """What the progress display shows of a step."""
+    shown = {"KL": f"{metrics['teacher/kl']:.3f}", "accuracy": f"{metrics['rollout/accuracy']:.2f}"}
+    return shown | {"tok/s": f"{metrics['tokens_per_s']:,.0f}", "s/step": f"{metrics['time/step_s']:.2f}"}
+
+
 def _per_token(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 

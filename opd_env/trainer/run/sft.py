@@ -22,6 +22,7 @@ from torch import Tensor
 from opd_env.episode.expert import play_expert
 from opd_env.episode.trajectory import Trajectory
 from opd_env.formats import ChatFormat
+from opd_env.report.display import Display
 from opd_env.tasks import Task, require_trainable
 from opd_env.tools import Tool
 from opd_env.trainer.batch import Head, MicroBatch, rows_of
@@ -29,7 +30,6 @@ from opd_env.trainer.learn.settings import Schedule
 from opd_env.trainer.learn.update import Update, Updater, learning_rate_at
 from opd_env.trainer.math.logprobs import positions_per_chunk, token_logprobs
 from opd_env.trainer.run.config import OPDConfig
-from opd_env.trainer.run.display import Display
 from opd_env.trainer.run.problems import problem_at
 from opd_env.trainer.run.setup import Parts
 
