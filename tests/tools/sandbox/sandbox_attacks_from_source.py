@@ -11,7 +11,7 @@ from sandbox_attacks import CUT_OFF, ENDED, FAILED, TOO_MUCH, Attack
 
 from opd_env.tools.sandbox import Limits
 
-BRIEF = Limits(wall_s=0.15)
+BRIEF = Limits(wall_s=0.3)
 
 CHANNELS = [
     Attack(
