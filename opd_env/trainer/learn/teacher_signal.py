@@ -23,9 +23,8 @@ from opd_env.episode.trajectory import Trajectory
 from opd_env.trainer.batch import Head, MicroBatch
 from opd_env.trainer.learn.settings import ObjectiveSettings
 from opd_env.trainer.math.divergences import Divergence
-from opd_env.trainer.math.logprobs import full_divergence, positions_per_chunk, token_logprobs
+from opd_env.trainer.math.logprobs import full_divergence, positions_per_chunk, token_logprobs, topk_divergence
 from opd_env.trainer.math.modes import Baseline, Estimator
-from opd_env.trainer.math.topk import topk_divergence
 from opd_env.trainer.teachers.base import LogitsTeacher, Teacher, TopKTeacher, by_trajectory
 from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
 

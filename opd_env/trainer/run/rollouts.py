@@ -1,5 +1,8 @@
 """The episodes of a step: which problems, which seeds, where they are stored; in turn with training, or one step ahead.
 
+The order of problems is an endless row of shuffled passes, known by its seed alone: the problem at any place can be
+computed, so that a run that continues needs no record of what it has seen.
+
 Worked example::
 
     rollouts = StepRollouts(config, parts, engine, problems, updater, folder.path / "trajectories")
@@ -20,26 +23,85 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 
 from opd_env.engines.base import Engine, SamplingParams
 from opd_env.episode.files import StoreError
 from opd_env.episode.rollouts import EpisodeError, RolloutResult, rollout
 from opd_env.episode.store import TrajectoryWriter, load_trajectories, save_trajectories
+from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import TrainingError, UserError
+from opd_env.tasks import Task
 from opd_env.trainer.learn.update import Updater
 from opd_env.trainer.run.checkpoint import Checkpoint
 from opd_env.trainer.run.config import OPDConfig
-from opd_env.trainer.run.problems import StepProblems
 from opd_env.trainer.run.setup import Parts
+
+
+class StepProblems:
+    """Which problems a step plays, and which update learns from which.
+
+    Args:
+        task: to train on.
+        per_step: problems of one step.
+        samples: episodes of each problem.
+        seed: of the order, where the task has none of its own.
+    """
+
+    def __init__(self, task: Task, *, per_step: int, samples: int, seed: int) -> None:
+        self._task = task
+        self._per_step = per_step
+        self._samples = samples
+        self._seed = seed
+
+    def of_step(self, step: int) -> list[tuple[int, int]]:
+        """Index in the task of each of a step's problems, and how often it stood in the step before.
+
+        A problem stands twice where a step reaches into the next pass over the task, or is larger than the task.
+        """
+        places = range(step * self._per_step, (step + 1) * self._per_step)
+        seen: Counter[int] = Counter()
+        problems = []
+        size = len(self._task)
+        for place in places:
+            index = place % size if self._task.ordered else problem_at(place, size, self._seed)
+            problems.append((index, seen[index]))
+            seen[index] += 1
+        return problems
+
+    def shares(self, step: int, trajectories: Sequence[Trajectory], updates: int) -> list[list[Trajectory]]:
+        """A step's episodes by update: blocks of its problems, the same for any number of processes."""
+        problems = self.of_step(step)
+        offsets = {(self._task[index].id, before): offset for offset, (index, before) in enumerate(problems)}
+        shares: list[list[Trajectory]] = [[] for _ in range(updates)]
+        for trajectory in trajectories:
+            offset = offsets[trajectory.example_id, trajectory.sample // self._samples]
+            shares[offset * updates // len(problems)].append(trajectory)
+        return shares
+
+
+def problem_at(place: int, size: int, seed: int) -> int:
+    """Index of the problem at ``place`` (from 0) of the endless order of ``size`` problems."""
+    epoch, offset = divmod(place, size)
+    return int(_epoch(size, seed, epoch)[offset])
+
+
+@lru_cache(maxsize=4)
+def _epoch(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
 
 _EPISODES, _HEAD = "rollout.parquet", "rollout.json"
 

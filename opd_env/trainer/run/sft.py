@@ -30,7 +30,7 @@ from opd_env.trainer.learn.settings import Schedule
 from opd_env.trainer.learn.update import Update, Updater, learning_rate_at
 from opd_env.trainer.math.logprobs import positions_per_chunk, token_logprobs
 from opd_env.trainer.run.config import OPDConfig
-from opd_env.trainer.run.problems import problem_at
+from opd_env.trainer.run.rollouts import problem_at
 from opd_env.trainer.run.setup import Parts
 
 

@@ -29,8 +29,7 @@ from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import TrainingError
 from opd_env.formats import ChatFormat
 from opd_env.trainer.batch import Head, PolicyModule, Row, num_sampled, pack, rows_of
-from opd_env.trainer.math.logprobs import positions_per_chunk, token_logprobs
-from opd_env.trainer.math.topk import TopKScores, topk_logprobs
+from opd_env.trainer.math.logprobs import TopKScores, positions_per_chunk, token_logprobs, topk_logprobs
 from opd_env.trainer.teachers.fits import context_length
 from opd_env.trainer.teachers.offload import on_device, pin
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import TrainingError
 from opd_env.trainer.batch import Row
-from opd_env.trainer.math.topk import TopKScores
+from opd_env.trainer.math.logprobs import TopKScores
 from opd_env.trainer.teachers.base import Teacher, TopKTeacher, by_trajectory
 
 FILE = "teacher_logprobs.sqlite"

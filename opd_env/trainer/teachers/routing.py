@@ -22,7 +22,7 @@ from torch import Tensor
 from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import TrainingError
 from opd_env.tools import Tool
-from opd_env.trainer.math.topk import TopKScores
+from opd_env.trainer.math.logprobs import TopKScores
 from opd_env.trainer.teachers.base import Teacher, TopKTeacher, by_trajectory
 from opd_env.trainer.teachers.lookup import ExampleLookup
 

@@ -38,7 +38,7 @@ from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import UserError
 from opd_env.formats import ChatFormat
 from opd_env.trainer.batch import Row, rows_of
-from opd_env.trainer.math.topk import TopKScores
+from opd_env.trainer.math.logprobs import TopKScores
 from opd_env.trainer.teachers.base import Prompt
 
 

@@ -10,9 +10,16 @@ import torch
 from rich.console import Console
 
 from opd_env.trainer.math.advantages import advantage
-from opd_env.trainer.math.certify import Certification, Row, print_certification, run_certification
+from opd_env.trainer.math.certify import (
+    Certification,
+    Row,
+    Verdict,
+    World,
+    measure,
+    print_certification,
+    run_certification,
+)
 from opd_env.trainer.math.divergences import get_divergence, list_divergences, register_divergence
-from opd_env.trainer.math.enumeration import Verdict, World, measure
 from opd_env.trainer.math.loss import policy_loss
 
 

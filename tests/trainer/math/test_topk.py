@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from opd_env.trainer.math.divergences import get_divergence, list_divergences
-from opd_env.trainer.math.logprobs import full_divergence
-from opd_env.trainer.math.topk import topk_divergence
+from opd_env.trainer.math.logprobs import full_divergence, topk_divergence
 
 VOCABULARY = 30
 

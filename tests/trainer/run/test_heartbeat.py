@@ -19,9 +19,8 @@ from opd_env.trainer.learn.update import Updater
 from opd_env.trainer.run import heartbeat
 from opd_env.trainer.run.checkpoint import Checkpoints
 from opd_env.trainer.run.held_out import HeldOut
-from opd_env.trainer.run.learner import Learner
+from opd_env.trainer.run.learner import Learner, read_metrics
 from opd_env.trainer.run.loop import OPDTrainer
-from opd_env.trainer.run.metrics import read_metrics
 from opd_env.trainer.run.rollouts import StepRollouts
 from tests.trainer.together import ends, together
 from tests.trainer.toy import loaded, toy_config

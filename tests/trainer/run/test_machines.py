@@ -13,7 +13,7 @@ import pytest
 
 from opd_env.cli import main
 from opd_env.trainer.run.checkpoint import Checkpoints
-from opd_env.trainer.run.metrics import read_metrics
+from opd_env.trainer.run.learner import read_metrics
 from tests.trainer.run.test_crash_safety import model_bytes
 from tests.trainer.together import CONFIGS, ROOT, ends, together
 

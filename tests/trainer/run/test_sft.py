@@ -9,7 +9,7 @@ from opd_env.tasks import load_task
 from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.learn.settings import Schedule
 from opd_env.trainer.learn.update import Updater
-from opd_env.trainer.run.problems import problem_at
+from opd_env.trainer.run.rollouts import problem_at
 from opd_env.trainer.run.sft import expert_trajectories, sft, supervised_objective
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.toy import ToySums, row_of

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import opd_env.trainer
 import opd_env.trainer.run.config
 from opd_env.cli import main
+from opd_env.trainer.run.learner import read_metrics
 from opd_env.trainer.run.loop import OPDTrainer
-from opd_env.trainer.run.metrics import read_metrics
 from tests.trainer.learn.distributed_updates import accelerator_of
 from tests.trainer.run.test_loop import trainer_of
 from tests.trainer.together import ends, together

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from opd_env.tasks import register_task
+from opd_env.trainer.run.learner import read_metrics
 from opd_env.trainer.run.loop import OPDTrainer
-from opd_env.trainer.run.metrics import read_metrics
 from tests.engines.fake_vllm import FakeVLLM
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.toy import ToySums, loaded, toy_config

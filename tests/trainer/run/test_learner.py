@@ -16,7 +16,7 @@ from opd_env.evaluation.read_run import read_metrics
 from opd_env.formats.base import TokenKind
 from opd_env.tools import ToolErrorKind
 from opd_env.trainer.learn.objective import TokenValues
-from opd_env.trainer.run.metrics import MetricsLog, rollout_metrics, teacher_metrics, token_metrics
+from opd_env.trainer.run.learner import MetricsLog, rollout_metrics, teacher_metrics, token_metrics
 from tests.trainer.toy import made_trajectory, toy_config
 
 

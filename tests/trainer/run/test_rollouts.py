@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_env.tasks import load_task
-from opd_env.trainer.run.problems import StepProblems, problem_at
+from opd_env.trainer.run.rollouts import StepProblems, problem_at
 
 
 @given(size=st.integers(1, 40), epoch=st.integers(0, 5), seed=st.integers(0, 2**31))
