@@ -59,8 +59,8 @@ def transcript_text(trajectory: Trajectory, decode: Decode | None, *, prompt: bo
     shown = Text()
     for block in transcript(trajectory, decode if len(trajectory.token_ids) else None):
         if block.role != "prompt" or prompt:
-            for piece in block.pieces:
-                shown.append(piece.text, style=_STYLES.get(piece.kind, "cyan"))
+            for passage in block.passages:
+                shown.append(passage.text, style=_STYLES.get(passage.kind, "cyan"))
             if decode is None:
                 shown.append("\n")
     return shown

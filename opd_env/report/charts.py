@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
+from opd_env.evaluation.statistics import Rate
+
 _WIDTH, _HEIGHT = 340, 156
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 10, 22
 _MOST_POINTS = 400
@@ -38,6 +40,14 @@ class Series:
     """Draw the values as separate dots instead of a line."""
     tone: str = ""
     """CSS class that colours it; by default as the page colours a line."""
+
+
+def rate_dots(name: str, rates: Sequence[tuple[float, Rate]], tone: str = "") -> Series:
+    """Rates by step as dots with their intervals; those that were not observed are left out."""
+    seen = [(step, rate) for step, rate in rates if rate.n]
+    steps, values = [step for step, _ in seen], [rate.value for _, rate in seen]
+    low, high = [rate.low for _, rate in seen], [rate.high for _, rate in seen]
+    return Series(name, steps, values, low, high, dots=True, tone=tone)
 
 
 def line_chart(
@@ -84,9 +94,10 @@ def line_chart(
         )
         label_y = height + (13 if height < _TOP + 16 else -5)  # below a line at the very top
         parts.append(f'<text class="reference" x="{_LEFT + 4}" y="{label_y:.1f}">{escape(name)}</text>')
+    frame = _Frame(x, y, percent)
     for one in series:
-        frame = _Frame(x, y, percent)
-        parts += [f'<g class="{one.tone}">' if one.tone else "<g>", *_draw(one, frame), "</g>"]
+        drawn = _dots(one, frame) if one.dots else _line(one, frame)
+        parts += [f'<g class="{one.tone}">' if one.tone else "<g>", *drawn, "</g>"]
     label = escape(", ".join(one.name for one in series))
     return Markup(
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label} over steps">'
@@ -144,10 +155,6 @@ class _Frame:
         shown = f"{100 * value:.1f} %" if self.percent else short_number(value)
         spot = f'<circle class="spot" cx="{self.x(step):.1f}" cy="{self.y(value):.1f}" r="6">'
         return f"{spot}<title>{escape(name)}, step {short_number(step)}: {shown}</title></circle>"
-
-
-def _draw(one: Series, frame: _Frame) -> list[str]:
-    return _dots(one, frame) if one.dots else _line(one, frame)
 
 
 def _line(one: Series, frame: _Frame) -> list[str]:

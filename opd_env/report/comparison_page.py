@@ -10,16 +10,16 @@ Test it alone: ``pytest tests/evaluation/test_comparison.py``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from opd_env.episode.files import write_whole
 from opd_env.evaluation.comparison import Comparison, Flip, MetricDifference, Side
 from opd_env.evaluation.counts import NEITHER_GOOD_NOR_BAD, WORSE_WHEN_HIGHER
-from opd_env.evaluation.statistics import Rate
-from opd_env.report.charts import Series, line_chart
-from opd_env.report.page import page_template
-from opd_env.report.page_rows import BEHAVIOUR
+from opd_env.report.charts import Series, line_chart, rate_dots
+from opd_env.report.names import BEHAVIOUR
+from opd_env.report.page import template
 from opd_env.report.transcript import shorten, transcript
 
 MOST_FLIPS = 30
@@ -29,7 +29,7 @@ _TONES = ("before", "after", "teacher", "other")
 
 
 class _Model(NamedTuple):
-    """A side as the page's pieces know it."""
+    """A side as the page's passages know it."""
 
     key: str
     title: str
@@ -46,7 +46,7 @@ def write_comparison(comparisons: Sequence[Comparison], path: str | Path) -> Pat
         StoreError: the file cannot be written.
     """
     path = Path(path)
-    write_whole(path, page_template("compare.html.jinja").render(_context(comparisons)))
+    write_whole(path, template("compare.html.jinja").render(_context(comparisons)))
     return path
 
 
@@ -101,7 +101,7 @@ def _part(comparison: Comparison, first: _Model, second: _Model) -> dict[str, An
         "rows": [_row(metric, reach) for metric in comparison.metrics],
         "flips": flips,
         "by_token": comparison.first.decode is not None or comparison.second.decode is not None,
-        "thinks": any(piece.kind == "thinking" for _, _, blocks in played for b in blocks for piece in b.pieces),
+        "thinks": any(passage.kind == "thinking" for _, _, blocks in played for b in blocks for passage in b.passages),
     }
 
 
@@ -149,14 +149,9 @@ def _charts(sides: Sequence[Side], models: Sequence[_Model]) -> list[tuple[str, 
     for field in ("accuracy", "tool_call_validity"):
         series: list[Series] = []
         for side, model in zip(sides, models, strict=True):
-            points: list[tuple[float, Rate]] = [(step, getattr(summary, field)) for step, summary in side.curve]
-            points = [(step, rate) for step, rate in points if rate.n]
-            if len(points) < 2:
-                continue
-            steps, values = [step for step, _ in points], [rate.value for _, rate in points]
-            low, high = [rate.low for _, rate in points], [rate.high for _, rate in points]
-            series.append(Series(model.title, steps, values, tone=model.key))
-            series.append(Series(model.title, steps, values, low, high, dots=True, tone=model.key))
+            dots = rate_dots(model.title, [(step, getattr(one, field)) for step, one in side.curve], model.key)
+            if len(dots.values) > 1:
+                series += [replace(dots, low=None, high=None, dots=False), dots]
         if series:
             charts.append((metric_title(field), line_chart(series, percent=True)))
     return charts

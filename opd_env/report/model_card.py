@@ -12,12 +12,12 @@ Test it alone: ``pytest tests/report/test_model_card.py``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opd_env.episode.files import write_whole
 from opd_env.evaluation.read_run import Run
+from opd_env.report.page import template
 from opd_env.settings.fields import ConfigError
 
 
@@ -56,65 +56,16 @@ def publish(run: str | Path, *, push: str | None = None, private: bool = False, 
 
 def model_card(run: Run, name: str) -> str:
     """The text of ``README.md``: what the model is, how it was made, what it was found to do, and how to use it."""
-    results = run.results
-    student = str(run.setting("student.model"))
-    rows = "\n".join(
-        f"| {model.title} | {model.accuracy} | {model.summary.tool_call_validity if model.summary else '–'} "
-        f"| {model.accuracy.n} |"
-        for model in run.models.values()
+    chosen = {setting: run.setting(setting) for setting in _SETTINGS} | {"teacher.model": run.teacher}
+    made_with = {key: run.results[key] for key in ("config_hash", "git_commit") if key in run.results}
+    card: str = template("model_card.md.jinja").render(
+        name=name,
+        run=run,
+        setting=run.setting,
+        settings=chosen | made_with,
+        header=_header(str(run.setting("student.model"))),
     )
-    settings = _rows({name: run.setting(name) for name in _SETTINGS} | {"teacher.model": run.teacher})
-    made_with = _rows({key: results[key] for key in ("config_hash", "git_commit") if key in results})
-    trained = f"{run.setting('run.steps')} × {run.setting('sampling.episodes_per_step')} episodes"
-    shown = "\n".join(line for line in run.config_text.splitlines() if not line.strip().startswith("output:"))
-    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-    return f"""---
-{_header(student)}
----
-
-# {name}
-
-{_code(student)}, taught to use tools by on-policy distillation from {_code(run.teacher)} on the task
-{_code(run.setting("task"))}: it played {trained} with real tool calls, and learned from what the teacher
-thought of every token that it sampled. Made with opd-env. Licence and limits of {_code(student)} apply.
-
-## Results
-
-On the split {_code(run.setting("evaluation.split"))} at temperature {run.setting("evaluation.temperature")}, with 95 %
-intervals:
-
-| | accuracy | valid tool calls | problems |
-|---|---|---|---|
-{rows}
-
-## How it was made
-
-| setting | value |
-|---|---|
-{settings}
-{made_with}
-| seconds | {results["seconds"]:.0f} |
-
-{versions}. The whole configuration:
-
-```yaml
-{shown}
-```
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-```bash
-vllm serve {name}
-opd-env eval --model {name} --task {run.setting("task")}
-```
-"""
+    return card + "\n"  # jinja leaves out the last one
 
 
 _SETTINGS = (
@@ -135,12 +86,3 @@ def _header(student: str) -> str:
         tags=["opd-env", "on-policy-distillation", "tool-use"],
     ).to_yaml()
     return text.strip()
-
-
-def _rows(values: Mapping[str, Any]) -> str:
-    return "\n".join(f"| {key} | {_code(value)} |" for key, value in values.items() if value not in (None, {}, []))
-
-
-def _code(value: Any) -> str:
-    """As code; a bar would end the cell of a table."""
-    return f"`{str(value).replace('`', '').replace('|', chr(92) + '|')}`"

@@ -24,10 +24,9 @@ from markupsafe import Markup
 from opd_env.episode.files import write_whole
 from opd_env.episode.trajectory import Decode, Trajectory
 from opd_env.evaluation.read_run import Model, Run
-from opd_env.evaluation.statistics import Rate
-from opd_env.report.charts import Series, line_chart, short_number
+from opd_env.report.charts import Series, line_chart, rate_dots, short_number
 from opd_env.report.headline import headline, percent
-from opd_env.report.page_rows import BEHAVIOUR, CHART_GROUPS, CHARTS, PHASES, Chart
+from opd_env.report.names import BEHAVIOUR, CHARTS, PHASES, Chart
 from opd_env.report.transcript import choose_examples, shorten, transcript, visible
 
 EXAMPLES = 6
@@ -49,7 +48,7 @@ def write_report(run_folder: str | Path) -> Path:
     """
     run = Run.read(run_folder)
     path = Path(run_folder) / "report.html"
-    write_whole(path, page_template("report.html.jinja").render(_context(run)))
+    write_whole(path, template("report.html.jinja").render(_context(run)))
     return path
 
 
@@ -73,7 +72,7 @@ def _context(run: Run) -> dict[str, Any]:
         "tool_errors": _counts(models, "tool_errors"),
         "retried": any(model.summary.retries for model in models if model.summary is not None),
         "episodes": episodes,
-        "thinks": any(piece.kind == "thinking" for block in blocks for piece in block.pieces),
+        "thinks": any(passage.kind == "thinking" for block in blocks for passage in block.passages),
         "by_token": run.decode is not None,
         "shaded": any(model.log_ratios for model in models),
         "versions": run.results.get("versions") or run.results.get("evaluation", {}).get("versions", {}),
@@ -101,39 +100,33 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _charts(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
     """Groups of charts: title, latest value and picture of every metric that was logged."""
-    step_of = [_number(row.get("step", number)) for number, row in enumerate(run.metrics, start=1)]
     logged = {name for row in run.metrics for name, value in row.items() if math.isfinite(_number(value))} - {"step"}
-    unnamed = sorted(name for name in logged - set(CHARTS) if not name.startswith(("time/", "eval/")))
-    groups: dict[str, list[dict[str, Any]]] = {group: [] for group in CHART_GROUPS}
-    for name in [*(name for name in CHARTS if name in logged), *unnamed]:
-        chart = CHARTS.get(name) or Chart(name, CHART_GROUPS[-1], percent=False, note="")
-        # A line that lacks the metric is of something else (an evaluation); one that has null is a gap.
-        found = [(step, _number(row[name])) for step, row in zip(step_of, run.metrics, strict=True) if name in row]
-        steps, values = [step for step, _ in found], [value for _, value in found]
-        series, reference = [Series("rollouts", steps, values)], None
-        if chart.summary_field:
-            series += _evaluation_dots(run, chart.summary_field)
-            reference = _teacher_line(run, chart.summary_field)
-        latest = next(value for value in reversed(values) if math.isfinite(value))
-        groups[chart.group].append(
-            {
-                "title": chart.title,
-                "latest": percent(latest) if chart.percent else short_number(latest),
-                "svg": line_chart(series, reference=reference, percent=chart.percent),
-                "note": chart.note,
-            }
-        )
-    return [(group, charts) for group, charts in groups.items() if charts]
+    named = {name for charts in CHARTS.values() for name in charts}
+    unnamed = sorted(name for name in logged - named if not name.startswith(("time/", "eval/")))
+    groups = CHARTS | {"Everything else": {name: Chart(name) for name in unnamed}}
+    pictures = {
+        group: [_picture(run, name, chart) for name, chart in charts.items() if name in logged]
+        for group, charts in groups.items()
+    }
+    return [(group, drawn) for group, drawn in pictures.items() if drawn]
 
 
-def _evaluation_dots(run: Run, field: str) -> list[Series]:
-    rates: list[tuple[float, Rate]] = [(step, getattr(summary, field)) for step, summary in run.evaluated]
-    rates = [(step, rate) for step, rate in rates if rate.n]
-    if not rates:
-        return []
-    steps, values = [step for step, _ in rates], [rate.value for _, rate in rates]
-    low, high = [rate.low for _, rate in rates], [rate.high for _, rate in rates]
-    return [Series("held-out problems", steps, values, low, high, dots=True)]
+def _picture(run: Run, name: str, chart: Chart) -> dict[str, Any]:
+    # A line that lacks the metric is of something else (an evaluation); one that has null is a gap.
+    rows = [(number, row) for number, row in enumerate(run.metrics, start=1) if name in row]
+    steps, values = [_number(row.get("step", number)) for number, row in rows], [_number(row[name]) for _, row in rows]
+    series, reference = [Series("rollouts", steps, values)], None
+    if chart.rate:
+        evaluated = rate_dots("held-out problems", [(step, getattr(one, chart.rate)) for step, one in run.evaluated])
+        series += [evaluated] if evaluated.values else []
+        reference = _teacher_line(run, chart.rate)
+    latest = next(value for value in reversed(values) if math.isfinite(value))
+    return {
+        "title": chart.title,
+        "latest": percent(latest) if chart.percent else short_number(latest),
+        "svg": line_chart(series, reference=reference, percent=chart.percent),
+        "note": chart.note,
+    }
 
 
 def _teacher_line(run: Run, field: str) -> tuple[str, float] | None:
@@ -207,19 +200,19 @@ def _log_ratio(model: Model, trajectory: Trajectory) -> Any:
     return ratio_T
 
 
-def page_template(name: str) -> Any:
-    """A template of ``opd_env/report/templates``: everything that a model or a tool wrote is escaped."""
+def template(name: str) -> Any:
+    """A template of ``opd_env/report/templates``: in pages, everything that a model or a tool wrote is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("opd_env.report"),
-        autoescape=True,
+        autoescape=lambda name: name is not None and ".md" not in name,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    environment.filters["percent"] = percent
+    environment.filters |= {"percent": percent, "code": _code}
     environment.globals["shade"] = _shade
     return environment.get_template(name)
 
@@ -228,6 +221,12 @@ def _shade(log_ratio: float) -> Markup:
     """Style of a token: a bar below it, as strong as teacher and student differ (full at 2 nats)."""
     colour, strength = "--more" if log_ratio > 0 else "--less", min(100, round(50 * abs(log_ratio)))
     return Markup(f"box-shadow:inset 0 -.22em color-mix(in srgb,var({colour}) {strength}%,transparent)")
+
+
+def _code(value: object) -> str:
+    """As code of Markdown; a bar would end the cell of a table."""
+    text = str(value).replace("`", "").replace("|", "\\|")
+    return f"`{text}`"
 
 
 def _number(value: object) -> float:

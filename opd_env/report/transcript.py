@@ -1,10 +1,10 @@
-"""A trajectory as coloured pieces of text, for people to read.
+"""A trajectory as coloured passages of text, for people to read.
 
 Worked example::
 
     for block in transcript(trajectory, decode):        # decode: token ids to text; None shows whole turns
-        for piece in block.pieces:
-            print(piece.kind, repr(piece.text))         # tool_call '<tool_call>\\n{"name": …'
+        for passage in block.passages:
+            print(passage.kind, repr(passage.text))         # tool_call '<tool_call>\\n{"name": …'
 
 Texts are untrusted: characters that would hide or reorder others are written out.
 
@@ -27,7 +27,7 @@ from opd_env.formats.base import TokenKind
 from opd_env.formats.hermes import parse_hermes
 
 MOST_CHARACTERS = 4000
-"""Longer pieces are cut, and say so."""
+"""Longer passages are cut, and say so."""
 
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
@@ -37,7 +37,7 @@ _TOKENS_OF_A_CHARACTER = 8
 
 
 @dataclass(frozen=True)
-class Piece:
+class Passage:
     """Text of one kind; a sampled token where tokens can be decoded."""
 
     kind: str
@@ -56,7 +56,7 @@ class Block:
     role: str
     """``prompt``, ``student``, ``tools`` or ``user``."""
     turn: int
-    pieces: tuple[Piece, ...]
+    passages: tuple[Passage, ...]
     errors: tuple[str, ...] = ()
     """Kinds of the errors that the tools answered."""
     retries: int = 0
@@ -82,14 +82,17 @@ def transcript(
         indices = [index for index, _ in group]
         start, stop = indices[0], indices[-1] + 1
         if sampled:
-            pieces = tuple(_tokens(trajectory, start, stop, decode, log_ratio_T))
+            passages = tuple(_tokens(trajectory, start, stop, decode, log_ratio_T))
         else:
-            pieces = tuple(_context(trajectory, start, stop, decode))
-            if pieces[0].text.startswith("\n"):  # as a line break it would look like an empty line of the student
-                pieces = (replace(pieces[0], text="↵" + pieces[0].text[1:]), *pieces[1:])
-        role = "prompt" if turn == 0 else "student" if sampled else _answers(trajectory.turns[turn - 1])
-        outcome = _outcome(trajectory.turns[turn - 1]) if role == "tools" else ((), 0)
-        blocks.append(Block(role, turn, pieces, *outcome))
+            passages = tuple(_context(trajectory, start, stop, decode))
+            if passages[0].text.startswith("\n"):  # as a line break it would look like an empty line of the student
+                passages = (replace(passages[0], text="↵" + passages[0].text[1:]), *passages[1:])
+        if turn == 0 or sampled:
+            blocks.append(Block("student" if sampled else "prompt", turn, passages))
+        elif trajectory.turns[turn - 1].user is not None:
+            blocks.append(Block("user", turn, passages))
+        else:
+            blocks.append(Block("tools", turn, passages, *_outcome(trajectory.turns[turn - 1])))
     return blocks
 
 
@@ -107,8 +110,8 @@ def shorten(text: str) -> str:
 
 def _tokens(
     trajectory: Trajectory, start: int, stop: int, decode: Decode, log_ratio_T: NDArray[np.float32] | None
-) -> Iterator[Piece]:
-    """One piece per token, or per few tokens that make a character together."""
+) -> Iterator[Passage]:
+    """One passage per token, or per few tokens that make a character together."""
     ids = trajectory.token_ids.tolist()
     while start < stop:
         end, text = start + 1, decode(ids[start : start + 1])
@@ -122,42 +125,38 @@ def _tokens(
         note = f"student log-prob {logprob:.2f}"
         if log_ratio is not None:
             note += f", teacher {logprob + log_ratio:.2f}"
-        yield Piece(_kind(trajectory, start), visible(text), note, log_ratio)
+        yield Passage(_kind(trajectory, start), visible(text), note, log_ratio)
         start = end
 
 
-def _context(trajectory: Trajectory, start: int, stop: int, decode: Decode) -> Iterator[Piece]:
-    """One piece per stretch of tokens of a kind."""
+def _context(trajectory: Trajectory, start: int, stop: int, decode: Decode) -> Iterator[Passage]:
+    """One passage per stretch of tokens of a kind."""
     for kind, group in groupby(range(start, stop), key=lambda index: _kind(trajectory, index)):
         indices = list(group)
-        yield Piece(kind, visible(shorten(decode(trajectory.token_ids[indices].tolist()))))
+        yield Passage(kind, visible(shorten(decode(trajectory.token_ids[indices].tolist()))))
 
 
 def _records(turn: TurnRecord, number: int) -> Iterator[Block]:
     """A turn's blocks without tokens."""
     yield Block("student", number, tuple(_spans(turn.text)))
     if turn.calls:
-        outputs = tuple(Piece("tool_output", visible(shorten(call.output)) + "\n") for call in turn.calls)
+        outputs = tuple(Passage("tool_output", visible(shorten(call.output)) + "\n") for call in turn.calls)
         yield Block("tools", number, outputs, *_outcome(turn))
     if turn.user is not None:
-        yield Block("user", number, (Piece("scaffold", visible(shorten(turn.user))),))
+        yield Block("user", number, (Passage("scaffold", visible(shorten(turn.user))),))
 
 
-def _spans(text: str) -> Iterator[Piece]:
+def _spans(text: str) -> Iterator[Passage]:
     parsed = parse_hermes(text)  # what has no tokens is of a chat server, whose calls are written as Hermes blocks
     spans = sorted([(call.span, "tool_call") for call in parsed.calls] + [(s, "thinking") for s in parsed.thinking])
     position = 0
     for span, kind in spans:
         if span.start > position:
-            yield Piece("text", visible(shorten(text[position : span.start])))
-        yield Piece(kind, visible(shorten(text[span.start : span.stop])))
+            yield Passage("text", visible(shorten(text[position : span.start])))
+        yield Passage(kind, visible(shorten(text[span.start : span.stop])))
         position = span.stop
     if position < len(text):
-        yield Piece("text", visible(shorten(text[position:])))
-
-
-def _answers(turn: TurnRecord) -> str:
-    return "tools" if turn.user is None else "user"
+        yield Passage("text", visible(shorten(text[position:])))
 
 
 def _outcome(turn: TurnRecord) -> tuple[tuple[str, ...], int]:

@@ -19,8 +19,8 @@ BAD = Call("calculator", '{"expression": "1/0"}', "division by zero", ToolErrorK
 
 def test_the_pieces_together_are_the_whole_conversation() -> None:
     for trajectory in make_trajectories(20, 0.5):
-        pieces = [piece.text for block in transcript(trajectory, decode) for piece in block.pieces]
-        assert "".join(pieces).replace("↵", "\n") == decode(trajectory.token_ids)
+        passages = [passage.text for block in transcript(trajectory, decode) for passage in block.passages]
+        assert "".join(passages).replace("↵", "\n") == decode(trajectory.token_ids)
 
 
 def test_blocks_follow_the_turns_and_kinds_follow_the_tokens() -> None:
@@ -28,39 +28,39 @@ def test_blocks_follow_the_turns_and_kinds_follow_the_tokens() -> None:
     assert [(block.role, block.turn) for block in blocks] == [
         ("prompt", 0), ("student", 1), ("tools", 1), ("student", 2),
     ]  # fmt: skip
-    kinds = [list(dict.fromkeys(piece.kind for piece in block.pieces)) for block in blocks]
+    kinds = [list(dict.fromkeys(passage.kind for passage in block.passages)) for block in blocks]
     assert kinds == [["prompt"], ["text", "tool_call"], ["scaffold", "tool_output"], ["text"]]
-    outputs = [piece.text for piece in blocks[2].pieces if piece.kind == "tool_output"]
+    outputs = [passage.text for passage in blocks[2].passages if passage.kind == "tool_output"]
     assert outputs == ["42"]
 
 
 def test_sampled_tokens_carry_their_logprob_and_context_none() -> None:
     trajectory = make_trajectory()
     blocks = transcript(trajectory, decode)
-    assert blocks[0].pieces[0].note == ""
+    assert blocks[0].passages[0].note == ""
     first = trajectory.turns[0].start
-    assert blocks[1].pieces[0].note == f"student log-prob {trajectory.logprobs[first]:.2f}"
-    assert len(blocks[1].pieces) == trajectory.num_sampled
+    assert blocks[1].passages[0].note == f"student log-prob {trajectory.logprobs[first]:.2f}"
+    assert len(blocks[1].passages) == trajectory.num_sampled
 
 
 def test_the_teachers_opinion_is_added_where_it_is_known() -> None:
     trajectory = make_trajectory()
     ratio = np.where(trajectory.sampled, np.float32(0.5), np.float32(0))
-    piece = transcript(trajectory, decode, ratio)[1].pieces[0]
-    assert piece.log_ratio == 0.5
-    assert "teacher" in piece.note
+    passage = transcript(trajectory, decode, ratio)[1].passages[0]
+    assert passage.log_ratio == 0.5
+    assert "teacher" in passage.note
 
 
 def test_tokens_that_make_a_character_together_are_one_piece() -> None:
-    texts = [piece.text for piece in transcript(make_trajectory(turns=[["a🧮é"]]), decode)[1].pieces]
+    texts = [passage.text for passage in transcript(make_trajectory(turns=[["a🧮é"]]), decode)[1].passages]
     assert texts == ["a", "🧮", "é", "<|im_end|>"]
 
 
 def test_bytes_that_are_no_text_stay_single_tokens() -> None:
     trajectory = make_trajectory(turns=[["xyz"]])
     trajectory.token_ids[trajectory.turns[0].start] = 0xFF
-    pieces = transcript(trajectory, decode)[1].pieces
-    assert [piece.text for piece in pieces] == ["\ufffd", "y", "z", "<|im_end|>"]
+    passages = transcript(trajectory, decode)[1].passages
+    assert [passage.text for passage in passages] == ["\ufffd", "y", "z", "<|im_end|>"]
 
 
 def test_errors_of_a_turn_are_named_on_the_tools_block() -> None:
@@ -77,12 +77,12 @@ def test_retries_of_a_turn_are_counted_on_the_tools_block() -> None:
 def test_without_a_tokenizer_the_records_are_shown() -> None:
     blocks = transcript(make_trajectory(turns=[["<think>so</think>Hm. ", GOOD], ["It is 42."]]))
     assert [block.role for block in blocks] == ["student", "tools", "student"]
-    assert [(piece.kind, piece.text) for piece in blocks[0].pieces] == [
+    assert [(passage.kind, passage.text) for passage in blocks[0].passages] == [
         ("thinking", "<think>so</think>"),
         ("text", "Hm. "),
         ("tool_call", GOOD.block),
     ]
-    assert blocks[1].pieces[0].text == "42\n"
+    assert blocks[1].passages[0].text == "42\n"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_long_texts_are_cut_and_say_so() -> None:
     assert shorten("x" * (MOST_CHARACTERS + 1500)) == "x" * MOST_CHARACTERS + " … 1,500 more characters"
     assert shorten("x" * MOST_CHARACTERS) == "x" * MOST_CHARACTERS
     blocks = transcript(make_trajectory(turns=[[Call("python", "{}", "y" * 9999)], ["ok"]]), decode)
-    assert max(len(piece.text) for piece in blocks[2].pieces) < MOST_CHARACTERS + 50
+    assert max(len(passage.text) for passage in blocks[2].passages) < MOST_CHARACTERS + 50
 
 
 def test_examples_show_learnt_lost_and_unchanged_problems() -> None:
