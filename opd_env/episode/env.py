@@ -63,7 +63,7 @@ class ChatText(Text):
 
 @dataclass(frozen=True)
 class PlayedCall:
-    """A call of a turn and what came of it."""
+    """A call of a turn, and its result."""
 
     parsed: ParsedCall
     result: ToolResult
@@ -115,8 +115,7 @@ class ToolEnv(gymnasium.Env[str, str]):
         self.toolbox = Toolbox(self._tools)
         self.limits = limits or RolloutLimits()
         self.render_mode = render_mode
-        self.observation_space = ChatText()
-        self.action_space = ChatText()
+        self.observation_space, self.action_space = ChatText(), ChatText()
         self._parse = parse
         self._example: Example | None = None
         self._done = True
@@ -154,9 +153,8 @@ class ToolEnv(gymnasium.Env[str, str]):
         if self.overdue():
             return self._end(StopReason.TIME, None)
 
-        played = []
-        over_budget = False
-        stop_answer: str | None = None
+        played: list[PlayedCall] = []
+        over_budget, stop_answer = False, None
         for call in turn.calls:
             if self.overdue():
                 break
@@ -176,16 +174,9 @@ class ToolEnv(gymnasium.Env[str, str]):
         replies = [tool_message(one.result.name, one.result.content) for one in played]
         self._messages += replies
         details = {"messages": replies, "calls": played}
-        if stop_answer is not None:
-            return self._end(StopReason.STOP_TOOL, stop_answer, details)
-        if self.overdue():
-            return self._end(StopReason.TIME, None, details)
-        if over_budget:
-            return self._end(StopReason.MAX_TOOL_CALLS, None, details)
-        if self._errors >= self.limits.max_errors:
-            return self._end(StopReason.MAX_ERRORS, None, details)
-        if self._turns >= self.limits.max_turns:
-            return self._end(StopReason.MAX_TURNS, None, details)
+        reason = self._spent(over_budget) if stop_answer is None else StopReason.STOP_TOOL
+        if reason is not None:
+            return self._end(reason, stop_answer, details)
         return "\n".join(reply["content"] for reply in replies), 0.0, False, False, details
 
     def _answered(self, content: str) -> tuple[str, SupportsFloat, bool, bool, dict[str, Any]]:
@@ -193,12 +184,21 @@ class ToolEnv(gymnasium.Env[str, str]):
         later = None if self._example is None else self.task.next_user(self._example, self._own_turns())
         if later is None:
             return self._end(StopReason.ANSWER, content)
-        if self.overdue():
-            return self._end(StopReason.TIME, None)
-        if self._turns >= self.limits.max_turns:
-            return self._end(StopReason.MAX_TURNS, None)
+        reason = self._spent()
+        if reason is not None:
+            return self._end(reason, None)
         self._messages.append(later)
         return later["content"], 0.0, False, False, {"messages": [later], "calls": []}
+
+    def _spent(self, over_budget: bool = False) -> StopReason | None:
+        """6 to 9 of ``opd_env.episode.limits``. After an answer the errors in a row are always fewer than allowed."""
+        if self.overdue():
+            return StopReason.TIME
+        if over_budget:
+            return StopReason.MAX_TOOL_CALLS
+        if self._errors >= self.limits.max_errors:
+            return StopReason.MAX_ERRORS
+        return StopReason.MAX_TURNS if self._turns >= self.limits.max_turns else None
 
     def _own_turns(self) -> list[Message]:
         opening = 0 if self._example is None else len(self._example.messages)
@@ -214,8 +214,7 @@ class ToolEnv(gymnasium.Env[str, str]):
 
     def truncate(self, reason: StopReason) -> Grade:
         """Ends the episode from outside, because a budget that the caller watches ran out."""
-        _, _, _, _, info = self._end(reason, None)
-        grade: Grade = info["grade"]
+        grade: Grade = self._end(reason, None)[-1]["grade"]
         return grade
 
     def render(self) -> Any:

@@ -121,48 +121,33 @@ def rollout(
         raise ValueError("give episodes, or indices and samples, not both")
     with Toolbox(task.tools if tools is None else tools) as toolbox:
         toolbox.sandbox_levels()
-    return _Rollout(
-        task,
-        engine,
-        chat,
-        tools,
-        limits or RolloutLimits(),
-        sampling or SamplingParams(),
-        seed,
-        on_finished,
-        recorder,
-    ).run(
-        list(episodes),
-        tool_workers,
-        cancel or threading.Event(),
+    state = _Rollout(
+        task, engine, chat, tools, limits or RolloutLimits(), sampling or SamplingParams(), seed, on_finished, recorder
     )
+    return state.run(list(episodes), tool_workers, cancel or threading.Event())
 
 
+@dataclass
 class _Rollout:
     """The state of one call of ``rollout``."""
 
-    def __init__(
-        self,
-        task: Task,
-        engine: Engine,
-        chat: ChatFormat | None,
-        tools: Sequence[str | Tool] | None,
-        limits: RolloutLimits,
-        sampling: SamplingParams,
-        seed: int,
-        on_finished: Callable[[Trajectory], None] | None,
-        recorder: Callable[..., Recorder],
-    ) -> None:
-        self.task, self.engine, self.chat, self.tools = task, engine, chat, tools
-        self.limits, self.sampling, self.seed = limits, sampling, seed
-        self.on_finished, self.recorder = on_finished, recorder
-        self.finished: dict[int, Trajectory] = {}
-        self.unreported: list[Trajectory] = []
-        self.errors: list[EpisodeError] = []
-        self.live: dict[int, EpisodePlay] = {}
-        self.playing: dict[Future[Any], tuple[EpisodePlay, ParsedTurn, float]] = {}
-        self.idle_envs: list[ToolEnv] = []
-        self.generate_seconds = self.tool_seconds = 0.0
+    task: Task
+    engine: Engine
+    chat: ChatFormat | None
+    tools: Sequence[str | Tool] | None
+    limits: RolloutLimits
+    sampling: SamplingParams
+    seed: int
+    on_finished: Callable[[Trajectory], None] | None
+    recorder: Callable[..., Recorder]
+    finished: dict[int, Trajectory] = field(default_factory=dict)
+    unreported: list[Trajectory] = field(default_factory=list)
+    errors: list[EpisodeError] = field(default_factory=list)
+    live: dict[int, EpisodePlay] = field(default_factory=dict)
+    playing: dict[Future[Any], tuple[EpisodePlay, ParsedTurn, float]] = field(default_factory=dict)
+    idle_envs: list[ToolEnv] = field(default_factory=list)
+    generate_seconds: float = 0.0
+    tool_seconds: float = 0.0
 
     def run(self, jobs: Sequence[tuple[int, int]], tool_workers: int, cancel: threading.Event) -> RolloutResult:
         started = tail_from = time.perf_counter()
@@ -202,12 +187,12 @@ class _Rollout:
                 env.close()
         ended = time.perf_counter()
         return RolloutResult(
-            trajectories=[self.finished[key] for key in sorted(self.finished)],
-            errors=self.errors,
-            seconds=ended - started,
-            generate_seconds=self.generate_seconds,
-            tool_seconds=self.tool_seconds,
-            tail_seconds=ended - tail_from,
+            [self.finished[key] for key in sorted(self.finished)],
+            self.errors,
+            ended - started,
+            self.generate_seconds,
+            self.tool_seconds,
+            ended - tail_from,
         )
 
     def _has_room(self) -> bool:

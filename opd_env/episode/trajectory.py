@@ -23,6 +23,7 @@ from opd_env.tools import ToolErrorKind
 
 Decode = Callable[[list[int]], str]
 """Token ids as text."""
+_ARRAYS = {"token_ids": np.int32, "sampled": np.bool_, "kind": np.uint8, "turn": np.int16, "logprobs": np.float32}
 
 
 class StopReason(StrEnum):
@@ -69,7 +70,7 @@ class CallRecord:
     repairs: tuple[str, ...] = ()
     """What was put right before the call could be read; empty unless the format was made with ``repair=True``."""
     retries: int = 0
-    """Attempts of the tool's own that failed before this came of the call."""
+    """How often the tool tried again by itself."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,11 @@ class Trajectory:
     def __post_init__(self) -> None:
         where = f"trajectory of {self.task}/{self.example_id}"
         length = len(self.token_ids)
-        for name, dtype in (
-            ("token_ids", np.int32), ("sampled", np.bool_), ("kind", np.uint8),
-            ("turn", np.int16), ("logprobs", np.float32),
-        ):  # fmt: skip
+        for name, dtype in _ARRAYS.items():
             array = getattr(self, name)
             if array.shape != (length,) or array.dtype != dtype:
-                raise ValueError(
-                    f"{where}: {name} is {array.dtype}{array.shape}, expected {np.dtype(dtype)}({length},)"
-                )
+                got, expected = f"{array.dtype}{array.shape}", f"{np.dtype(dtype)}({length},)"
+                raise ValueError(f"{where}: {name} is {got}, expected {expected}")
 
         def refuse(bad: NDArray[np.bool_], rule: str) -> None:
             if bad.any():
@@ -214,7 +211,7 @@ class Trajectory:
     def to_row(self) -> dict[str, Any]:
         """A row of plain lists and scalars, for Arrow, Parquet and JSON. ``from_row`` is the inverse."""
         row = asdict(self)
-        for name in ("token_ids", "sampled", "kind", "turn", "logprobs"):
+        for name in _ARRAYS:
             row[name] = getattr(self, name).tolist()
         row["stop_reason"] = str(self.stop_reason)
         row["scores"] = [{"name": name, "value": float(value)} for name, value in self.scores.items()]
@@ -224,17 +221,13 @@ class Trajectory:
     def from_row(cls, row: Mapping[str, Any]) -> Trajectory:
         """Rebuilds (and checks again) what ``to_row`` wrote."""
         values = dict(row)
-        for name, dtype in (
-            ("token_ids", np.int32), ("sampled", np.bool_), ("kind", np.uint8),
-            ("turn", np.int16), ("logprobs", np.float32),
-        ):  # fmt: skip
+        for name, dtype in _ARRAYS.items():
             values[name] = np.asarray(row[name], dtype=dtype)
         values["row_starts"] = tuple(row.get("row_starts") or (0,))  # earlier versions knew one row
         values["stop_reason"] = StopReason(row["stop_reason"])
         values["scores"] = {entry["name"]: entry["value"] for entry in row["scores"]}
         values["turns"] = tuple(
-            TurnRecord(**{**turn, "calls": tuple(_call_from_row(call) for call in turn["calls"])})
-            for turn in row["turns"]
+            TurnRecord(**{**turn, "calls": tuple(map(_call_from_row, turn["calls"]))}) for turn in row["turns"]
         )
         return cls(**values)
 

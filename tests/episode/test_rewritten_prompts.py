@@ -264,7 +264,7 @@ def test_files_summaries_and_transcripts_keep_rows(tmp_path: Path) -> None:
     assert Summary.from_json(stored).rows_per_trajectory == 1
     blocks = transcript(trajectory, QWEN.decode)
     assert [block.role for block in blocks] == ["prompt", "student", "user", "student"]
-    assert [piece.kind for piece in blocks[2].pieces] == ["history", "scaffold"]
+    assert [passage.kind for passage in blocks[2].passages] == ["history", "scaffold"]
     row = {key: value for key, value in plain.to_row().items() if key != "row_starts"}
     assert Trajectory.from_row(row).row_starts == (0,)
 

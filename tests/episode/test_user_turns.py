@@ -149,7 +149,7 @@ def test_files_and_transcripts_keep_what_the_user_said(tmp_path: Path) -> None:
     for decode in (CHAT.decode, None):
         said = [block for block in transcript(trajectory, decode) if block.role == "user"]
         assert len(said) == 1
-        assert "And now?" in said[0].pieces[0].text
+        assert "And now?" in said[0].passages[0].text
 
 
 def test_a_tool_that_is_not_listed_can_be_called_but_is_not_described() -> None:
