@@ -26,7 +26,7 @@ def _train(arguments: Sequence[str]) -> int:
     from opd_env.evaluation.read_run import Run
     from opd_env.report.headline import headline
     from opd_env.trainer import OPDTrainer
-    from opd_env.trainer.run.heartbeat import EndedByAnother
+    from opd_env.trainer.run.processes import EndedByAnother
 
     try:
         trainer = OPDTrainer(config)

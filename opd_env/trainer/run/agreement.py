@@ -1,13 +1,11 @@
 """What must be the same in every process of a run, found out before the first step.
 
-Worked example::
-
     require_same(accelerator, facts_of(config, parts))
     require_one_folder(accelerator, run_folder)
 
-Machines load models, data and settings by themselves, each from its own disk. Under FSDP2 a student that differs would
-be put together of two; a teacher that differs would score half of the episodes; other settings would end in a
-collective that waits. The run folder is written by the first process and read by all.
+Machines load models, data and settings each from its own disk. Under FSDP2 a student that differs would be put together
+of two; a teacher that differs would score half of the episodes; other settings would end in a collective that waits.
+The run folder is written by the first process and read by all.
 
 Test it alone: ``pytest tests/trainer/run/test_agreement.py``
 """
@@ -24,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from opd_env.episode.files import UNFINISHED, explained
 from opd_env.evaluation.result import installed_versions
 from opd_env.settings.fields import ConfigError, flat_dict
 from opd_env.tasks import Task
 from opd_env.trainer.run.config import OPDConfig
-from opd_env.trainer.run.processes import on_main
+from opd_env.trainer.run.processes import on_each, on_main
 from opd_env.trainer.run.setup import Parts
 from opd_env.trainer.teachers.base import LocalTeacher
 
@@ -42,19 +39,14 @@ _PATIENCE_S = 20.0
 
 
 def require_same(accelerator: Any, facts: Mapping[str, str]) -> None:
-    """Refuses a run whose processes differ. Every process calls it.
-
-    Args:
-        accelerator: of ``accelerate``.
-        facts: by what they are called in the message.
+    """Refuses a run whose processes differ in ``facts``, named as in the message. Every process calls it.
 
     Raises:
         ConfigError: what differs, between which processes; in every process.
     """
     if accelerator.num_processes == 1:
         return
-    everyone: list[tuple[str, dict[str, str]]] = gather_object([(socket.gethostname(), dict(facts))])
-    (host, first), *others = everyone
+    (host, first), *others = on_each(lambda: (socket.gethostname(), dict(facts)))
     for number, (other_host, other) in enumerate(others, start=1):
         names = [name for name in first if other.get(name) != first[name]]
         if names:
@@ -73,16 +65,18 @@ def require_one_folder(accelerator: Any, folder: Path) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    name = on_main(accelerator, lambda: f".{uuid.uuid4().hex}{UNFINISHED}")
-    mark = folder / name
-    with explained(mark):
-        if accelerator.is_main_process:
+
+    def write() -> str:
+        mark = folder / f".{uuid.uuid4().hex}{UNFINISHED}"
+        with explained(mark):
             mark.touch()
-    accelerator.wait_for_everyone()
+        return mark.name
+
+    mark = folder / on_main(accelerator, write)
     deadline = time.monotonic() + _PATIENCE_S
     while not (seen := mark.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    everyone: list[tuple[str, bool]] = gather_object([(socket.gethostname(), seen)])
+    everyone = on_each(lambda: (socket.gethostname(), seen))
     if accelerator.is_main_process:
         mark.unlink()
     for number, (host, seen) in enumerate(everyone):
@@ -96,8 +90,7 @@ def require_one_folder(accelerator: Any, folder: Path) -> None:
 
 def facts_of(config: OPDConfig, parts: Parts) -> dict[str, str]:
     """What decides a run, by name. ``output`` may be another path to the same folder."""
-    first = parts.task[0]
-    prompt = parts.chat.render_prompt(first.messages)
+    prompt = parts.chat.render_prompt(parts.task[0].messages)
     return {
         **{f"setting {name}": str(value) for name, value in flat_dict(config).items() if name != "run.output"},
         **{

@@ -22,7 +22,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
 from typing import Any
 
 
@@ -41,10 +40,8 @@ class Interruption:
     """
 
     def __init__(self, agree: Callable[[bool], bool] | None = None, ended: Callable[[], bool] = lambda: False) -> None:
-        self._agree = agree
-        self._ended = ended
-        self._postponing = False
-        self._requested = False
+        self._agree, self._ended = agree, ended
+        self._postponing = self._requested = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -53,9 +50,7 @@ class Interruption:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -73,7 +68,7 @@ class Interruption:
             self._requested = False
             raise KeyboardInterrupt
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if self._agree is None and (self._requested or not self._postponing):
             raise KeyboardInterrupt
         if self._agree is not None and (self._requested or self._ended()):

@@ -43,11 +43,10 @@ from opd_env.trainer.run.checkpoint import Checkpoints
 from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.run.engine import make_engine, require_same_policy, update_engine
 from opd_env.trainer.run.folder import RunFolder, git_state
-from opd_env.trainer.run.heartbeat import Heartbeat
 from opd_env.trainer.run.held_out import HeldOut
 from opd_env.trainer.run.interruption import Interruption, StoppedAtOnce
 from opd_env.trainer.run.learner import Learner, MetricsLog, shown_of
-from opd_env.trainer.run.processes import on_main
+from opd_env.trainer.run.processes import Heartbeat, on_main
 from opd_env.trainer.run.rollouts import StepEpisodes, StepProblems, StepRollouts
 from opd_env.trainer.run.setup import leave, make_accelerator, make_parts, sandbox_levels, start_trackers
 from opd_env.trainer.run.sft import warm_start

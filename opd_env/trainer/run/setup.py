@@ -9,6 +9,7 @@ import importlib.util
 import os
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from opd_env.trainer.run.config import LoRASettings, OPDConfig
 from opd_env.trainer.teachers.make import Needs, Single, Teachers, make_teachers
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
+"""How long processes wait for one that lives: it may play a whole evaluation. PyTorch's own is 10 or 30 minutes."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def make_accelerator(config: OPDConfig) -> Any:
         ConfigError: a tracker is unknown or not installed, or ``accelerate`` is set up for what cannot be right here.
     """
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     for name in config.run.trackers:
         if name not in TRACKERS:
@@ -136,7 +139,11 @@ def make_accelerator(config: OPDConfig) -> Any:
                 f"the tracker {name!r} is not installed: pip install {name}, or leave it out of run.trackers"
             )
     folders = ProjectConfiguration(project_dir=config.run.output, logging_dir=f"{config.run.output}/trackers")
-    accelerator = Accelerator(log_with=list(config.run.trackers) or None, project_config=folders)
+    accelerator = Accelerator(
+        log_with=list(config.run.trackers) or None,
+        project_config=folders,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+    )
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started > accelerator.num_processes:
         raise ConfigError(

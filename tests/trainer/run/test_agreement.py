@@ -52,7 +52,7 @@ def test_one_changed_weight_of_those_looked_at_and_any_other_shape_or_type_is_an
 
 def test_who_differs_in_what_is_said(monkeypatch):
     other = "b", {"student": "2", "setting run.steps": "3"}
-    monkeypatch.setattr(agreement, "gather_object", lambda mine: [*mine, other])
+    monkeypatch.setattr(agreement, "on_each", lambda mine: [mine(), other])
     monkeypatch.setattr(agreement.socket, "gethostname", lambda: "a")
     with pytest.raises(
         ConfigError, match=r"process 1 on b has other student than process 0 on a \(student: 2, not 1\)"
@@ -64,7 +64,7 @@ def test_who_differs_in_what_is_said(monkeypatch):
 def test_a_folder_that_another_process_does_not_see_is_refused_and_the_mark_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(agreement, "on_main", lambda _, function: function())
     for others, fails in (([("b", True)], False), ([("b", False)], True)):
-        monkeypatch.setattr(agreement, "gather_object", lambda mine, others=others: mine + others)
+        monkeypatch.setattr(agreement, "on_each", lambda mine, others=others: [mine(), *others])
         if fails:
             with pytest.raises(ConfigError, match=r"of process 1 on b is not that of process 0 .* set output to"):
                 require_one_folder(TWO, tmp_path)

@@ -3,8 +3,11 @@
 No launcher ends the others here, and collectives time out in six hours.
 """
 
+import contextlib
 import os
 import signal
+import socket
+import threading
 import time
 from types import SimpleNamespace
 
@@ -16,7 +19,7 @@ import opd_env.trainer.run.config
 from opd_env.cli import main
 from opd_env.trainer.learn.objective import OPDObjective
 from opd_env.trainer.learn.update import Updater
-from opd_env.trainer.run import heartbeat
+from opd_env.trainer.run import processes
 from opd_env.trainer.run.checkpoint import Checkpoints
 from opd_env.trainer.run.held_out import HeldOut
 from opd_env.trainer.run.learner import Learner, read_metrics
@@ -42,7 +45,7 @@ def work(rank, folder, who=None, place=None, action=None, machines=False, silenc
     if machines:
         os.environ |= {"GROUP_RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if silence:
-        heartbeat.SILENCE_S, heartbeat.GRACE_S = silence, 2
+        processes.SILENCE_S, processes.GRACE_S = silence, 0.5
     if rank == who or who == "all":
         owner, name = PLACES[place]
         method = getattr(owner, name)
@@ -70,6 +73,14 @@ class Raises:
 def two_signals():
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def die_before_a_child():
+    """Killed, while a fork of it lives on with copies of all its connections."""
+    if os.fork():
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(30)
+    os._exit(0)
 
 
 def model_bytes(run):
@@ -153,8 +164,14 @@ def test_when_one_process_is_killed_the_other_says_so_and_ends_and_the_run_conti
     assert codes[1 - who] == 2
     said = lives[1 - who].text().splitlines()[-1]
     assert said.startswith(f"opd-env: process {who} on ")
-    assert "is gone: killed, or its machine is lost; so all processes end" in said or "cannot be reached" in said
+    assert "is gone: killed, or its machine is lost; so all processes end" in said
     assert_continues(tmp_path, undisturbed)
+
+
+def test_a_killed_process_is_missed_at_once_although_a_child_of_it_lives(tmp_path):
+    with together(2, tmp_path, work, tmp_path / "run", 1, "rollout", die_before_a_child, False, 100.0) as lives:
+        assert ends(lives, within=20) == [2, -signal.SIGKILL]
+    assert "is gone: killed, or its machine is lost; so all processes end" in lives[0].text()
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -168,11 +185,45 @@ def test_a_process_that_is_silent_is_given_up(tmp_path, who):
         assert ends(lives[1 - who : 2 - who], within=20) == [2]
     said = lives[1 - who].text().splitlines()[-1]
     assert said.startswith(f"opd-env: process {who} on ")
-    assert "gave no sign of life for 3 s" in said or (who == 0 and "cannot be reached any more" in said)
+    assert "gave no sign of life for 3 s" in said
+
+
+def test_a_stranger_who_finds_the_port_is_no_process_of_the_run(monkeypatch):
+    meet, mine, beats = threading.Barrier(2), {}, {}
+
+    def gathered(own):
+        rank = int(threading.current_thread().name)
+        mine[rank] = own
+        meet.wait(10)
+        if rank == 1:
+            with socket.create_connection(("127.0.0.1", mine[0][0][1])) as stranger:
+                stranger.sendall(b"let me in 1\n")
+        return mine[0] + mine[1]
+
+    def live(rank):
+        beat = processes.Heartbeat(
+            SimpleNamespace(process_index=rank, num_processes=2, is_local_main_process=rank == 0)
+        )
+        with contextlib.suppress(processes.EndedByAnother, ValueError), beat:
+            meet.wait(10)
+            if rank == 1:
+                raise ValueError("mine")
+            beat._over.wait(10)
+        beats[rank] = beat
+
+    monkeypatch.setattr(processes, "gather_object", gathered)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(processes, "_thread", SimpleNamespace(interrupt_main=lambda: None))
+    threads = [threading.Thread(target=live, args=(rank,), name=str(rank)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [beats[rank]._end.reason.partition(" failed: ")[2] for rank in (0, 1)] == ["ValueError: mine"] * 2
 
 
 def test_one_process_alone_has_no_thread_and_keeps_its_errors():
-    beat = heartbeat.Heartbeat(SimpleNamespace(process_index=0, num_processes=1, is_local_main_process=True))
+    beat = processes.Heartbeat(SimpleNamespace(process_index=0, num_processes=1, is_local_main_process=True))
     with pytest.raises(KeyError, match="mine"), beat:
         raise KeyError("mine")
     with beat:
