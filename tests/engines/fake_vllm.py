@@ -14,7 +14,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.ports import kept_port
 from tests.tiny import tiny_llama
 
 
@@ -41,7 +42,8 @@ class FakeVLLM:
         self.most_at_once = self._now = 0
         self.delay_s = 0.0
         self.loads = 0
-        self.port = 0
+        self._kept = ExitStack()
+        self.port = self._kept.enter_context(kept_port())  # its own while it is down, too
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
 
@@ -86,7 +88,6 @@ class FakeVLLM:
                 """A client that has gone is no news."""
 
         self._server = Server(("127.0.0.1", self.port), Handler)
-        self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def kill(self) -> None:
@@ -121,6 +122,7 @@ class FakeVLLM:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        self._kept.close()
 
     def get(self, handler: Any) -> None:
         if handler.path == "/v1/models":
@@ -192,12 +194,12 @@ class FakeVLLM:
         elif fault == "reset":
             handler.connection.shutdown(socket.SHUT_RDWR)
         elif fault == "slow":
-            time.sleep(1.0)
+            time.sleep(3.0)
             return False
         elif fault == "drip":
             handler.send_response(200)
             handler.end_headers()
-            for _ in range(40):
+            for _ in range(1200):
                 handler.wfile.write(b" ")
                 time.sleep(0.05)
         else:

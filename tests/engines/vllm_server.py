@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from opd_env.engines.models import PACKAGED
 from opd_env.engines.servers.client import HttpClient
+from tests.ports import kept_port
 
 
 class Server:
     """``vllm serve`` of the packaged student."""
 
     def __init__(self, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self._kept = contextlib.ExitStack()
+        self.port = self._kept.enter_context(kept_port())
         self.url, self.log = f"http://127.0.0.1:{self.port}", log
 
     def start(self) -> None:

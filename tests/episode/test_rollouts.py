@@ -204,7 +204,7 @@ def test_an_episode_that_waits_for_a_tool_does_not_hold_the_others() -> None:
     def meet() -> str:
         """Waits until four episodes are here."""
         running.release()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while running._value < 4:
             if time.monotonic() > deadline:
                 return "nobody came"
@@ -588,7 +588,7 @@ def test_the_tail_begins_when_fewer_than_a_tenth_of_the_episodes_are_left() -> N
         return "up"
 
     def respond(request: Request, turn: int) -> list[int]:
-        seconds = 0.5 if request.episode == 3 else 0.0
+        seconds = 1.5 if request.episode == 3 else 0.0
         return CHAT.render_assistant(
             assistant("", [ToolCall("nap", {"seconds": seconds})]) if turn == 0 else assistant("6")
         )
@@ -596,13 +596,13 @@ def test_the_tail_begins_when_fewer_than_a_tenth_of_the_episodes_are_left() -> N
     engine = ScriptedEngine(respond, CHAT.stop_token_ids)
     result = rollout(Doubles(), engine, CHAT, indices=range(20), tools=[nap])
     assert 0.2 < result.tail_seconds <= result.seconds
-    assert rollout(Doubles(), engine, CHAT, indices=range(5), tools=[nap]).tail_seconds < 0.4
+    assert rollout(Doubles(), engine, CHAT, indices=range(5), tools=[nap]).tail_seconds < 1.0
 
 
 def test_a_rollout_is_cancelled_from_another_thread_while_only_tools_run() -> None:
-    cancel = threading.Event()
+    cancel, free = threading.Event(), threading.Event()
 
-    @tool(timeout_s=5.0)
+    @tool(timeout_s=100.0)
     def hang(number: int) -> int:
         """Waits.
 
@@ -610,11 +610,12 @@ def test_a_rollout_is_cancelled_from_another_thread_while_only_tools_run() -> No
             number: any.
         """
         cancel.set()
-        time.sleep(1.0)
+        free.wait(90)
         return number
 
     started = time.perf_counter()
     call_text = '<tool_call>\n{"name": "hang", "arguments": {"number": 1}}\n</tool_call>'
     with pytest.raises(RolloutCancelled):
         play(call_text, "6", tools=[hang], cancel=cancel)
-    assert time.perf_counter() - started < 0.9
+    free.set()
+    assert time.perf_counter() - started < 60

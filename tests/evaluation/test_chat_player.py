@@ -197,7 +197,7 @@ def test_a_server_that_is_down_ends_the_evaluation_and_keeps_what_finished(tmp_p
 
 def test_what_finished_beside_a_refusal_is_kept(tmp_path: Path) -> None:
     def respond(body: dict[str, Any], number: int) -> Answer:
-        return Answer({}, 401, delay=0.3) if number_in(body) == 1 else good(body, number)
+        return Answer({}, 401, delay=1.0) if number_in(body) == 1 else good(body, number)
 
     with pytest.raises(ServerRefused):
         run(respond, folder=tmp_path, limit=2)
@@ -208,15 +208,15 @@ def test_an_evaluation_that_is_stopped_waits_for_no_answer() -> None:
     before = set(threading.enumerate())
 
     def stop(body: dict[str, Any], number: int) -> Answer:
-        return Answer({}, 401) if number == 0 else Answer({}, delay=20)
+        return Answer({}, 401) if number == 0 else Answer({}, delay=200)
 
     started = time.monotonic()
     with pytest.raises(ServerRefused):
         run(stop)
     for thread in set(threading.enumerate()) - before:
         if thread.name.startswith("opd-env-chat"):
-            thread.join(10)
-    assert time.monotonic() - started < 8
+            thread.join(60)
+    assert time.monotonic() - started < 60
 
 
 def test_a_wrong_key_ends_at_once() -> None:

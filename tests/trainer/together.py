@@ -16,13 +16,14 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.ports import kept_port
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -57,9 +58,8 @@ def together(
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[list[Life]]:
     """Calls ``work(rank, *arguments)`` in each of so many processes, which find one another."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    kept = contextlib.ExitStack()
+    port = kept.enter_context(kept_port())
     folder.mkdir(parents=True, exist_ok=True)
     lives = []
     for rank in range(processes):
@@ -78,9 +78,10 @@ def together(
         for life in lives:
             life.process.kill()
             life.process.join()
+        kept.close()
 
 
-def ends(lives: list[Life], within: float = 60) -> list[int]:
+def ends(lives: list[Life], within: float = 150) -> list[int]:
     """Exit codes; all processes must end in so many seconds."""
     deadline = time.monotonic() + within
     for life in lives:

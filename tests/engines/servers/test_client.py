@@ -40,11 +40,12 @@ def test_faults_that_pass_are_tried_again_until_the_answer_is_whole(fault: str) 
 @pytest.mark.parametrize("fault", ["slow", "drip"])
 def test_slow_answers_are_given_up_in_time(fault: str) -> None:
     with FakeVLLM() as server:
-        client = quick(server.url, timeout_s=0.3)
+        client = quick(server.url, timeout_s=0.6)
         server.faults = [fault]
         started = time.monotonic()
         assert len(client.post("/v1/completions", BODY, tokens)) == 2
-        assert 0.25 < time.monotonic() - started < 2.0
+        assert len(server.requests) >= 2, "it waited for the slow answer"
+        assert 0.5 < time.monotonic() - started < 30, "an answer drips for a minute"
 
 
 def test_a_request_that_always_fails_ends_after_its_tries_and_names_the_server() -> None:
@@ -84,7 +85,7 @@ def test_without_any_server_the_client_gives_up_after_its_patience_and_says_what
     started = time.monotonic()
     with pytest.raises(ServersDown, match=rf"{url}.*[Rr]efused.*start it"):
         quick(url, patience_s=0.5).post("/v1/completions", BODY, tokens)
-    assert 0.4 < time.monotonic() - started < 3
+    assert 0.4 < time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("busy", ["503", "429:0.01"])
@@ -94,20 +95,23 @@ def test_a_healthy_server_that_only_ever_says_busy_ends_as_one_that_is_away(busy
         started = time.monotonic()
         with pytest.raises(ServersDown, match=f"{server.url}: HTTP {busy[:3]}"):
             quick(server.url, patience_s=0.5).post("/v1/completions", BODY, tokens)
-        assert 0.4 < time.monotonic() - started < 3
+        assert 0.4 < time.monotonic() - started < 60
 
 
-def test_pauses_grow_until_a_server_answers_again() -> None:
+def test_pauses_grow_until_a_server_answers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults, before = list[int](), http_client.pause_before
+    monkeypatch.setattr(
+        http_client, "pause_before", lambda tries, *more: (faults.append(tries), before(tries, *more))[1]
+    )
     with FakeVLLM() as server:
-        server.faults, moments = ["500"] * 5, list[float]()
-        server.spoil = lambda body, choice: moments.append(time.monotonic())
+        server.faults = ["500"] * 5
         started = time.monotonic()
         client = quick(server.url, tries=6, pause_s=0.04)
         client.post("/v1/completions", BODY, tokens)
-        assert moments[0] - started > 0.5 * 0.04 * (1 + 2 + 4 + 8 + 16)
+        assert time.monotonic() - started > 0.5 * 0.04 * (1 + 2 + 4 + 8 + 16)
         server.faults = ["500"]
         client.post("/v1/completions", BODY, tokens)
-        assert moments[1] - moments[0] < 0.5  # its next fault is a first one
+    assert faults == [1, 2, 3, 4, 5, 1]  # after an answer, its next fault is a first one
 
 
 def test_a_server_gets_no_work_before_what_it_needs_on_its_return_is_done_and_gets_it_once_at_a_time() -> None:
@@ -132,15 +136,21 @@ def idle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_was_idle_is_looked_at_once_before_it_gets_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    idle_at_once(monkeypatch)
     with FakeVLLM() as server:
         client, seen = quick(server.url), list[int]()
-        client.on_return = lambda url: (time.sleep(0.1), seen.append(len(server.requests)))[0]
+
+        def look(url: str) -> None:
+            monkeypatch.setattr(http_client, "_IDLE_S", 1e9)  # nothing is idle again before this says so
+            time.sleep(0.1)
+            seen.append(len(server.requests))
+
+        client.on_return = look
         for requests in (8, 16):
+            monkeypatch.setattr(http_client, "_IDLE_S", 0.0)
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(lambda _: client.post("/v1/completions", BODY, tokens), range(8)))
             assert len(server.requests) == requests
-            client.post("/v1/completions", BODY, tokens) if requests == 16 else time.sleep(0.1)
+        client.post("/v1/completions", BODY, tokens)
         assert seen == [0, 8]  # not before the last, which follows at once
 
 
@@ -252,14 +262,14 @@ def test_a_server_killed_in_the_middle_of_answers_and_restarted_answers_each_req
         time.sleep(0.1)
         server.start()
         for _ in range(24):
-            assert done.acquire(timeout=20)
+            assert done.acquire(timeout=60)
         assert not failures
         assert found == dict.fromkeys(range(24), 1)
 
 
 def test_no_more_requests_are_under_way_than_allowed() -> None:
     with FakeVLLM() as server:
-        server.delay_s = 0.02
+        server.delay_s = 0.1
         client = quick(server.url, concurrency=3)
         lock, done = threading.Lock(), threading.Semaphore(0)
         running: list[int] = []
@@ -277,14 +287,14 @@ def test_no_more_requests_are_under_way_than_allowed() -> None:
         for index in range(12):
             client.run(lambda index=index: job(index))
         for _ in range(12):
-            assert done.acquire(timeout=10)
+            assert done.acquire(timeout=60)
         assert max(most) == 3
 
 
 def test_close_ends_a_request_that_is_under_way() -> None:
     with FakeVLLM() as server:
-        server.delay_s = 3.0
-        client = quick(server.url, timeout_s=60)
+        server.delay_s = 100.0
+        client = quick(server.url, timeout_s=200)
         outcome: list[Exception] = []
 
         def job() -> None:
@@ -295,9 +305,10 @@ def test_close_ends_a_request_that_is_under_way() -> None:
 
         thread = threading.Thread(target=job)
         thread.start()
-        time.sleep(0.1)
+        while not server.requests:
+            time.sleep(0.01)
         client.close()
-        thread.join(2)
+        thread.join(60)
         assert not thread.is_alive()
         assert len(outcome) == 1
 

@@ -126,7 +126,7 @@ def test_closing_ends_a_rollout_that_is_under_way_in_another_thread(server: Fake
     while not server.requests:
         time.sleep(0.01)
     engine.close()
-    thread.join(20)
+    thread.join(60)
     (result,) = results
     assert len(result.errors) + len(result.trajectories) == 12
     assert any("the client was closed" in error.message for error in result.errors)
@@ -151,13 +151,12 @@ def test_all_turns_are_under_way_at_once_and_spread_over_servers(server: FakeVLL
 
 
 def test_waiting_ends_at_a_wake_and_released_turns_are_thrown_away(server: FakeVLLM) -> None:
-    server.delay_s = 1.0
+    server.delay_s = 5.0
     engine = engine_of(server)
     engine.submit(Request(1, [1, 2], SamplingParams(max_tokens=1)))
     threading.Timer(0.05, engine.wake).start()
-    started = time.monotonic()
-    assert engine.step() == []
-    assert time.monotonic() - started < 0.9
+    assert engine.step() == [], "it waited for the answer"
+    server.delay_s = 0.0
     engine.release(1)
     assert not engine.busy
     engine.submit(Request(1, [3, 4], SamplingParams(max_tokens=2)))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from opd_env.engines.servers.transport import LONGEST_PAUSE, Fault, Refusal, Transport, pause_before
 from opd_env.engines.servers.urls import checked_url
 from opd_env.errors import UserError
+from tests.ports import kept_port
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -138,12 +139,12 @@ def deaf_server() -> Iterator[str]:
 
 def test_the_deadline_holds_for_all_addresses_of_a_host_together(monkeypatch: pytest.MonkeyPatch) -> None:
     look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **b: look_up(*a, **b) * 4)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **b: look_up(*a, **b) * 400)
     with deaf_server() as url:
         started = time.monotonic()
         with pytest.raises(Fault, match="timed out") as caught:
             Transport().ask(url, timeout_s=0.4)
-        assert 0.35 < time.monotonic() - started < 0.8
+        assert 0.35 < time.monotonic() - started < 60, "400 addresses, each with its own deadline, take 160 s"
     assert caught.value.away
 
 
@@ -153,7 +154,7 @@ def test_a_second_address_is_tried_when_the_first_does_not_answer(monkeypatch: p
         port = int(deaf.split(":")[2])
         both = [*look_up("127.0.0.1", port, type=socket.SOCK_STREAM), *look_up("127.0.0.1", int(url.split(":")[2]))]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **b: both[:2])
-        assert Transport().ask(url, timeout_s=1) == {}
+        assert Transport().ask(url, timeout_s=2) == {}
 
 
 def test_closing_ends_a_connection_that_is_being_made() -> None:
@@ -161,17 +162,16 @@ def test_closing_ends_a_connection_that_is_being_made() -> None:
 
     def wait() -> None:
         with pytest.raises(Fault):
-            transport.ask(url, timeout_s=60)
-        ended.append(time.monotonic())
+            transport.ask(url, timeout_s=200)
+        ended.append("ended")
 
     with deaf_server() as url:
         thread = threading.Thread(target=wait)
         thread.start()
         time.sleep(0.2)
-        closed = time.monotonic()
         transport.close()
-        thread.join(5)
-    assert ended[0] - closed < 1
+        thread.join(60)
+        assert ended
 
 
 def test_a_process_forked_from_one_that_has_asked_asks_on_connections_of_its_own() -> None:
@@ -186,10 +186,8 @@ def test_a_process_forked_from_one_that_has_asked_asks_on_connections_of_its_own
 
 
 def test_nobody_there_is_a_server_that_is_away() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    with pytest.raises(Fault) as caught:
-        Transport().ask(url, timeout_s=5)
+    with kept_port() as port, pytest.raises(Fault) as caught:
+        Transport().ask(f"http://127.0.0.1:{port}", timeout_s=5)
     assert caught.value.away
 
 
@@ -197,17 +195,20 @@ def test_nobody_there_is_a_server_that_is_away() -> None:
     "start", [b"", b"HTTP/1.1 200 OK\r\nX-Slow: ", OK + b"\r\n", OK + b"Content-Length: 99\r\n\r\n"]
 )
 def test_an_answer_that_drips_ends_at_its_deadline_wherever_it_drips(start: bytes) -> None:
+    left = threading.Event()
+
     def drip(connection: socket.socket) -> None:
         connection.sendall(start)
-        for _ in range(60):
+        while not left.wait(0.05):
             connection.sendall(b"1" if start else b"")
-            time.sleep(0.05)
 
     with raw_server(drip) as url:
+        threading.Timer(60, left.set).start()
         started = time.monotonic()
         with pytest.raises(Fault, match=r"took too long|timed out"):
             Transport().ask(url, timeout_s=0.3)
-        assert 0.25 < time.monotonic() - started < 2
+        left.set()
+        assert 0.25 < time.monotonic() - started < 30
 
 
 def test_an_endless_answer_is_left() -> None:
@@ -224,7 +225,7 @@ def test_closing_ends_an_answer_that_is_under_way_and_what_came_of_it_is_none() 
 
     def wait() -> None:
         with pytest.raises(Fault, match="client was closed"):
-            transport.ask(url, timeout_s=60)
+            transport.ask(url, timeout_s=200)
         outcome.append("ended")
 
     with raw_server(hold) as url:
@@ -232,7 +233,7 @@ def test_closing_ends_an_answer_that_is_under_way_and_what_came_of_it_is_none() 
         thread.start()
         time.sleep(0.2)
         transport.close()
-        thread.join(5)
+        thread.join(60)
         assert outcome == ["ended"]
         with pytest.raises(Fault, match="client was closed"):
             transport.ask(url, timeout_s=5)

@@ -84,23 +84,28 @@ def test_whatever_it_does_there_is_a_typed_error_on_time(how: str, kind: ToolErr
     assert toolbox.call("misbehave", {"how": "nothing"}).ok, "a process is ready"
     start = time.monotonic()
     result = toolbox.call("misbehave", {"how": how})
-    assert time.monotonic() - start < LIMIT + 0.5
+    assert time.monotonic() - start < LIMIT + 30, "the machine may be late, but not by as long as it would hang"
     assert result.error is kind
     assert told in result.content
     assert toolbox.call("misbehave", {"how": "nothing"}).ok
 
 
-def gone(pid: int, within: float = 2.0) -> bool:
+def state_of(pid: int) -> str:
+    """The process's state as /proc has it; X if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+def gone(pid: int, within: float = 30.0) -> bool:
     """Whether the process ends within so many seconds."""
-    for _ in range(int(within * 100)):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
+    deadline = time.monotonic() + within
+    while state_of(pid) not in "XZ":
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.01)
-    return False
+    return True
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
@@ -267,7 +272,4 @@ def test_the_process_ends_when_its_parent_is_killed_idle_or_hanging(tmp_path: Pa
         parent.kill()
         parent.wait()
         parent.stdout.close()
-        deadline = time.monotonic() + 4
-        while not gone(pid) and time.monotonic() < deadline:
-            pass
         assert gone(pid), when
