@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from opd_env.cli.arguments import ArgumentParser
+from opd_env.cli.tables import transcript_text
 from opd_env.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from opd_env.evaluation.comparison import Comparison, Flip, Side
-
-_CLEAR = {True: "bold", False: "dim"}
+from opd_env.evaluation.comparison import Comparison, Flip, Side, compare, named_by_model, read_side
+from opd_env.report.comparison_page import metric_title, summary_sentence, write_comparison
+from opd_env.report.transcript import shorten, visible
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -34,11 +35,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--transcripts", type=int, default=1, help="of those, how many to show whole (1)")
     parser.add_argument("--output", default="runs/compare.html", help="the page to write (runs/compare.html)")
     chosen = parser.parse_args(list(arguments))
-
-    from rich.console import Console
-
-    from opd_env.evaluation.comparison import compare, named_by_model, read_side
-    from opd_env.report.comparison_page import write_comparison
 
     first, *others = named_by_model([read_side(path) for path in _paths(chosen.evaluations)])
     comparisons = [compare(first, other) for other in others]
@@ -67,10 +63,6 @@ def _paths(given: Sequence[str]) -> list[Path]:
 
 
 def _show(console: Console, comparison: Comparison, flips: int, transcripts: int) -> None:
-    from rich.text import Text
-
-    from opd_env.report.comparison_page import summary_sentence
-
     console.rule(Text(f"{comparison.second.name} against {comparison.first.name}"))
     for side in (comparison.first, comparison.second):
         if side.name != side.path:
@@ -94,36 +86,20 @@ def _show(console: Console, comparison: Comparison, flips: int, transcripts: int
 
 
 def _table(comparison: Comparison) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from opd_env.report.comparison_page import metric_title
-
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Metric", overflow="fold")
     for name in ("First", "Second", "Difference", "95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
     for metric in comparison.metrics:
         change = metric.difference
-        style = _CLEAR[change.clear]
-        cells = (
-            f"{100 * metric.first.value:.1f} %",
-            f"{100 * metric.second.value:.1f} %",
-            f"{100 * change.value:+.1f}",
-        )
+        shares = (f"{100 * rate.value:.1f} %" for rate in (metric.first, metric.second))
         interval = f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
-        table.add_row(*(Text(cell, style=style) for cell in (metric_title(metric.name), *cells, interval)))
+        cells = (metric_title(metric.name), *shares, f"{100 * change.value:+.1f}", interval)
+        table.add_row(*(Text(cell, style="bold" if change.clear else "dim") for cell in cells))
     return table
 
 
 def _show_flip(console: Console, comparison: Comparison, flip: Flip, *, whole: bool) -> None:
-    from rich.padding import Padding
-    from rich.text import Text
-
-    from opd_env.cli.tables import transcript_text
-    from opd_env.report.transcript import shorten, visible
-
     question = " ".join(visible(flip.question).split())
     console.print(Text.assemble(("  ", ""), (flip.example_id, "bold"), "  ", question if whole else question[:160]))
     for side, place in ((comparison.first, flip.first), (comparison.second, flip.second)):
@@ -138,10 +114,6 @@ def _show_flip(console: Console, comparison: Comparison, flip: Flip, *, whole: b
 
 
 def _curve_table(sides: Sequence[Side]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("Step", justify="right")
     for side in sides:

@@ -15,6 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from opd_env.cli.arguments import ArgumentParser
 
 _EXTRAS = {
@@ -40,10 +44,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(list(arguments))
     if chosen.chat_format is not None and chosen.format is None:
         parser.error("--chat_format is examined on a model's tokenizer: give --format MODEL too")
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

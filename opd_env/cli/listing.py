@@ -10,6 +10,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from opd_env.cli.arguments import ArgumentParser
 from opd_env.settings.fields import ConfigError, import_files
 
@@ -30,10 +34,6 @@ def _tools(arguments: Sequence[str]) -> int:
     parser.add_argument("--imports", action="append", default=[], help="a Python file that registers your own")
     parser.add_argument("--example", action="append", default=[], help="JSON arguments that the tool must answer")
     options = parser.parse_args(list(arguments))
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from opd_env.report.transcript import visible
     from opd_env.tools import get_tool, list_tools
     from opd_env.tools.registry import describe_tool
@@ -95,10 +95,6 @@ def _tasks(arguments: Sequence[str]) -> int:
 
 
 def _list_tasks() -> int:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from opd_env.tasks import list_tasks
     from opd_env.tasks.registry import get_task
 
@@ -113,9 +109,6 @@ def _list_tasks() -> int:
 
 
 def _show_task(name: str, options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.text import Text
-
     from opd_env.tasks import load_task, prompt_hash
     from opd_env.tasks.registry import get_task
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import sys
+import threading
 from collections.abc import Sequence
 
-from opd_env.cli.offline import go_offline_without_network
-from opd_env.errors import UserError
+from opd_env.errors import UserError, unknown
 
 COMMANDS = {
     "train": ("opd_env.cli.train", "distil a student: settings from YAML files and --options"),
@@ -29,7 +30,6 @@ COMMANDS = {
     "doctor": ("opd_env.cli.doctor", "say what this machine can do"),
 }
 """Name to the module that holds ``run(command, arguments) -> exit code``, and a line of help."""
-
 
 _FOR_USERS = (ValueError, OSError, ImportError, UserError)
 
@@ -68,13 +68,39 @@ def _run(words: list[str]) -> int:
         return 0
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
-        from opd_env.errors import unknown
-
         return _fail(unknown("command", command, COMMANDS))
     if command in ("train", "eval", "rollout", "tasks", "doctor"):
-        go_offline_without_network()
+        _go_offline_without_network()
     code: int = importlib.import_module(COMMANDS[command][0]).run(command, rest)
     return code
+
+
+def _go_offline_without_network() -> None:
+    """Sets ``HF_HUB_OFFLINE`` when the hub's name does not resolve, so that only the cache is looked at.
+
+    Without network the hub's client would retry for a minute. It reads the variable when it is imported. With a proxy,
+    or when the user has set the variable, nothing is done.
+    """
+    from urllib.parse import urlparse
+    from urllib.request import getproxies
+
+    if "HF_HUB_OFFLINE" in os.environ or getproxies():
+        return
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
+    answers: list[bool] = []
+
+    def resolve() -> None:
+        try:
+            socket.getaddrinfo(host, 443)
+            answers.append(True)
+        except OSError:
+            answers.append(False)
+
+    thread = threading.Thread(target=resolve, daemon=True)
+    thread.start()
+    thread.join(3.0)
+    if answers != [True]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _fail(sentence: str) -> int:
