@@ -43,7 +43,7 @@ _LIMITS = {
 
 
 def write_inspect_log(side: Side, output: Path) -> list[Path]:
-    """Writes one log; see ``opd_env.plugins.exports``."""
+    """Writes one log."""
     settings = side.settings
     name = f"{settings['task']}{'_with_tools' if settings['tools'] else ''}"
     finished = datetime.fromtimestamp(side.finished, UTC).replace(microsecond=0).isoformat()
@@ -67,9 +67,7 @@ def _spec(side: Side, name: str, identity: str, finished: str) -> dict[str, Any]
     sampling = settings["sampling"]
     generate = {name: sampling[name] for name in ("temperature", "top_p", "max_tokens") if name in sampling}
     return {
-        "eval_id": identity,
-        "run_id": identity,
-        "task_id": identity,
+        **dict.fromkeys(("eval_id", "run_id", "task_id"), identity),
         "created": finished,
         "task": name,
         "task_version": settings["version"],
@@ -139,17 +137,11 @@ def _turn(turn: TurnRecord, number: int, settings: Mapping[str, Any]) -> list[di
     parsed = (parse_hermes if family is None else family.parser)(turn.text)
     # The blocks are left out of the text where they are known to be these calls.
     content = parsed.content if len(parsed.calls) == len(turn.calls) and turn.calls else turn.text
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": content,
-        "source": "generate",
-        "model": settings["model"],
-    }
-    if not turn.calls:
-        return [message]
-    identities = [f"call_{number}_{index}" for index in range(len(turn.calls))]
-    message["tool_calls"] = [_call(*pair) for pair in zip(turn.calls, identities, strict=True)]
-    return [message, *(_answer(*pair) for pair in zip(turn.calls, identities, strict=True))]
+    message = {"role": "assistant", "content": content, "source": "generate", "model": settings["model"]}
+    named = [(call, f"call_{number}_{index}") for index, call in enumerate(turn.calls)]
+    if named:
+        message["tool_calls"] = [_call(*pair) for pair in named]
+    return [message, *(_answer(*pair) for pair in named)]
 
 
 def _call(call: CallRecord, identity: str) -> dict[str, Any]:
@@ -157,21 +149,15 @@ def _call(call: CallRecord, identity: str) -> dict[str, Any]:
         arguments = DECODER.decode(call.arguments)  # a log may hold neither NaN nor half of a surrogate pair
     except (ValueError, RecursionError):
         arguments = None
-    known = isinstance(arguments, dict)
-    made = {"id": identity, "function": call.name or "unreadable", "arguments": arguments if known else {}}
-    return made if known else {**made, "parse_error": call.arguments}
+    made = {"id": identity, "function": call.name or "unreadable", "arguments": arguments}
+    return made if isinstance(arguments, dict) else {**made, "arguments": {}, "parse_error": call.arguments}
 
 
 def _answer(call: CallRecord, identity: str) -> dict[str, Any]:
-    message = {
-        "role": "tool",
-        "content": call.output,
-        "tool_call_id": identity,
-        "function": call.name or "unreadable",
-    }
+    made = {"role": "tool", "content": call.output, "tool_call_id": identity, "function": call.name or "unreadable"}
     if call.error is None:
-        return message
-    return {**message, "error": {"type": _ERRORS.get(call.error, "parsing"), "message": f"{call.error}: {call.output}"}}
+        return made
+    return {**made, "error": {"type": _ERRORS.get(call.error, "parsing"), "message": f"{call.error}: {call.output}"}}
 
 
 def _stop_reason(one: Trajectory) -> str:

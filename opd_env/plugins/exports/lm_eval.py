@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from opd_env.episode.files import write_whole
-from opd_env.episode.trajectory import Trajectory
 from opd_env.evaluation.comparison import Side
 from opd_env.evaluation.counts import NEITHER_GOOD_NOR_BAD, WORSE_WHEN_HIGHER, fractions, rate_of
 from opd_env.evaluation.run import fingerprint_of
@@ -26,7 +25,7 @@ _FILTER = "none"
 
 
 def write_lm_eval(side: Side, output: Path) -> list[Path]:
-    """Writes both files into ``output/MODEL``; see ``opd_env.plugins.exports``."""
+    """Writes both files into ``output/MODEL``."""
     settings = side.settings
     task = f"opd_env_{settings['task']}{'_with_tools' if settings['tools'] else ''}"
     model = re.sub(r"[\"<>:/\|\\?\*\[\]]+", "__", settings["model"]) or "model"
@@ -92,7 +91,7 @@ def _samples(side: Side) -> list[dict[str, Any]]:
                 "doc": document,
                 "target": "",
                 "arguments": {"gen_args_0": {"arg_0": document["question"], "arg_1": dict(settings["sampling"])}},
-                "resps": [[_said(one) for one in played]],
+                "resps": [["\n".join(turn.text for turn in one.turns) for one in played]],
                 "filtered_resps": [one.extracted or one.answer or "" for one in played],
                 "filter": _FILTER,
                 "metrics": ["accuracy"],
@@ -103,11 +102,6 @@ def _samples(side: Side) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _said(one: Trajectory) -> str:
-    """Everything that the model wrote, turn after turn."""
-    return "\n".join(turn.text for turn in one.turns)
 
 
 def _sha(text: str) -> str:
