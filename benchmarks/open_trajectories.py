@@ -21,7 +21,7 @@ from pathlib import Path
 CASES = {
     "open": "len(load_trajectories(path))",
     "one": "len(load_trajectories(path)[5000].turns)",
-    "tally": "len(tally(load_trajectories(path)).problems)",
+    "tally": "len(tally(load_trajectories(path)).played)",
     "whole": "pyarrow.parquet.read_table(path).num_rows",
 }
 SCRIPT = """

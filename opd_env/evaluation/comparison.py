@@ -25,7 +25,7 @@ from opd_env.episode.store import load_written
 from opd_env.episode.trajectory import Decode, Trajectory
 from opd_env.errors import UserError
 from opd_env.evaluation.counts import Fraction, Summary, Tally, fractions, rate_of, tally
-from opd_env.evaluation.read_run import Played, Run, read_json, tokenizer_of
+from opd_env.evaluation.read_run import Run, read_json, tokenizer_of
 from opd_env.evaluation.statistics import Difference, PairedComparison, Rate, compare_paired, difference_of_shares
 
 MUST_AGREE = ("task", "version", "split", "tools", "prompt_hash")
@@ -62,31 +62,7 @@ class Side:
     @cached_property
     def table(self) -> Tally:
         """All episodes, added up; reads each once."""
-        return self._read[0]
-
-    @cached_property
-    def played(self) -> dict[tuple[str, str], list[Played]]:
-        """Episodes by task and example id."""
-        return self._read[1]
-
-    @cached_property
-    def questions(self) -> dict[tuple[str, str], str]:
-        """What the model was asked, by task and example id."""
-        return self._read[2]
-
-    @cached_property
-    def _read(self) -> tuple[Tally, dict[tuple[str, str], list[Played]], dict[tuple[str, str], str]]:
-        played: dict[tuple[str, str], list[Played]] = {}
-        questions: dict[tuple[str, str], str] = {}
-
-        def noted() -> Iterator[Trajectory]:
-            for place, one in enumerate(self.trajectories):
-                key = one.task, one.example_id
-                played.setdefault(key, []).append(Played(place, one.sample, one.correct))
-                questions[key] = one.question
-                yield one
-
-        return tally(noted()), played, questions
+        return tally(self.trajectories)
 
 
 @dataclass(frozen=True)
@@ -198,12 +174,13 @@ def compare(first: Side, second: Side) -> Comparison:
         one, other = first.settings.get(name), second.settings.get(name)
         if one != other:
             _refuse(first, second, f"{name.replace('_', ' ')} is {one!r} in the first and {other!r} in the second")
-    common = [key for key in first.played if key in second.played]
+    common = [key for key in first.table.played if key in second.table.played]
     if not common:
         _refuse(first, second, "they have no problem in common")
     for key in common:
-        if first.questions[key] != second.questions[key]:
-            asked = f"{first.questions[key][:80]!r} in the first and {second.questions[key][:80]!r} in the second"
+        one, other = first.table.questions[key], second.table.questions[key]
+        if one != other:
+            asked = f"{one[:80]!r} in the first and {other[:80]!r} in the second"
             _refuse(first, second, f"problem {key[1]!r} asks {asked}")
     ones, others = (_selected(side.table, common) for side in (first, second))
     metrics = (
@@ -246,7 +223,7 @@ def _refuse(first: Side, second: Side, difference: str) -> NoReturn:
 
 def _selected(table: Tally, keys: Sequence[tuple[str, str]]) -> dict[str, Fraction]:
     """The fractions of some problems, in the order of ``keys``."""
-    place = {key: index for index, key in enumerate(table.problems)}
+    place = {key: index for index, key in enumerate(table.played)}
     rows = [place[key] for key in keys]
     return {name: Fraction(one.numerators[rows], one.denominators[rows]) for name, one in fractions(table).items()}
 
@@ -255,17 +232,17 @@ def _flip(first: Side, second: Side, key: tuple[str, str], *, gained: bool) -> F
     """With several episodes, the first wrong one beside the first right one."""
 
     def shown(side: Side, correct: bool) -> int:
-        episodes = side.played[key]
+        episodes = side.table.played[key]
         return next((one.place for one in episodes if one.correct == correct), episodes[0].place)
 
-    return Flip(key[1], first.questions[key], shown(first, not gained), shown(second, gained))
+    return Flip(key[1], first.table.questions[key], shown(first, not gained), shown(second, gained))
 
 
 def _notes(first: Side, second: Side, common: int) -> Iterator[str]:
     for side in (first, second):
-        alone = len(side.played) - common
+        alone = len(side.table.played) - common
         if alone:
-            yield f"{alone} of {len(side.played)} problems were played only in {side.name}; they are left out"
+            yield f"{alone} of {len(side.table.played)} problems were played only in {side.name}; they are left out"
     for title, ours, theirs in (
         ("settings", first.settings, second.settings),
         ("versions", first.versions, second.versions),

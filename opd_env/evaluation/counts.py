@@ -180,7 +180,7 @@ REQUIRED = frozenset(entry.name for entry in fields(Summary) if entry.default is
 def summarise(trajectories: Iterable[Trajectory]) -> Summary:
     """Counts everything in ``Summary``, as ``tally`` counts."""
     table = tally(trajectories)
-    sums, n = table.sums, len(table.problems)
+    sums, n = table.sums, len(table.played)
     rates = {name: rate_of(fraction) for name, fraction in fractions(table).items()}
 
     def at_k(name: str) -> dict[int, Rate]:
@@ -223,12 +223,23 @@ class Fraction(NamedTuple):
     """0 where a problem says nothing about the metric."""
 
 
+class Played(NamedTuple):
+    """One episode of a problem."""
+
+    place: int
+    """Its number among all episodes, from 0."""
+    sample: int
+    correct: bool
+
+
 @dataclass(frozen=True)
 class Tally:
     """Sums per problem. Arrays have shape ``[problems]``."""
 
-    problems: tuple[tuple[str, str], ...]
-    """Task and example id, in the order of first appearance."""
+    played: Mapping[tuple[str, str], Sequence[Played]]
+    """Episodes by task and example id: the problems, in the order in which all arrays have them."""
+    questions: Mapping[tuple[str, str], str]
+    """What the model was asked, by task and example id."""
     sums: Mapping[str, NDArray[np.float64]]
     """Counts by the names that ``RATES`` uses, and sizes."""
     scores: Mapping[str, Fraction]
@@ -258,7 +269,9 @@ def tally(trajectories: Iterable[Trajectory]) -> Tally:
     Args:
         trajectories: those of one problem share ``task`` and ``example_id``.
     """
-    problems: dict[tuple[str, str], int] = {}
+    played: defaultdict[tuple[str, str], list[Played]] = defaultdict(list)
+    questions: dict[tuple[str, str], str] = {}
+    places: dict[tuple[str, str], int] = {}
     about: list[tuple[int, str]] = []
     sums: list[NDArray[np.float64]] = []
     votes: list[dict[str | None, tuple[int, int]]] = []
@@ -266,8 +279,11 @@ def tally(trajectories: Iterable[Trajectory]) -> Tally:
     stops: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     repairs: Counter[str] = Counter()
-    for one in trajectories:
-        problem = problems.setdefault((one.task, one.example_id), len(problems))
+    for number, one in enumerate(trajectories):
+        key = one.task, one.example_id
+        played[key].append(Played(number, one.sample, one.correct))
+        questions[key] = one.question
+        problem = places.setdefault(key, len(places))
         if problem == len(about):
             about.append((one.difficulty, one.category))
             sums.append(np.zeros(len(_COLUMNS)))
@@ -283,7 +299,8 @@ def tally(trajectories: Iterable[Trajectory]) -> Tally:
         repairs.update(repair for call in one.calls for repair in call.repairs)
     given_P = {name: [by_problem.get(place, []) for place in range(len(sums))] for name, by_problem in scores.items()}
     return Tally(
-        problems=tuple(problems),
+        played=dict(played),
+        questions=questions,
         sums=dict(zip(_COLUMNS, np.reshape(sums, (len(sums), len(_COLUMNS))).T, strict=True)),
         scores={
             name: Fraction(

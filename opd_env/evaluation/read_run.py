@@ -18,24 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from opd_env.episode.store import load_written
 from opd_env.episode.trajectory import Decode, Trajectory
-from opd_env.evaluation.counts import REQUIRED, Summary
+from opd_env.evaluation.counts import REQUIRED, Played, Summary, tally
 from opd_env.evaluation.statistics import Rate
 
 MODELS = {"before": "Student before", "after": "Student after", "teacher": "Teacher", "evaluation": "Model"}
 """Entries of ``results.json``, in the order of the page, and what they are called."""
-
-
-class Played(NamedTuple):
-    """One episode of a problem."""
-
-    place: int
-    """Where it is among the stored trajectories."""
-    sample: int
-    correct: bool
 
 
 @dataclass(frozen=True)
@@ -56,12 +47,9 @@ class Model:
     """Teacher minus student log-probs of an episode's sampled tokens, by ``example_id/sample``, if stored."""
 
     @cached_property
-    def played(self) -> dict[str, list[Played]]:
+    def played(self) -> dict[str, Sequence[Played]]:
         """Its episodes by example id; reads all of them once."""
-        found: dict[str, list[Played]] = {}
-        for place, one in enumerate(self.trajectories):
-            found.setdefault(one.example_id, []).append(Played(place, one.sample, one.correct))
-        return found
+        return {key[1]: episodes for key, episodes in tally(self.trajectories).played.items()}
 
     @property
     def scores(self) -> dict[str, float]:

@@ -72,7 +72,7 @@ def _spec(side: Side, name: str, identity: str, finished: str) -> dict[str, Any]
         "task": name,
         "task_version": settings["version"],
         "task_display_name": side.label,
-        "dataset": {"name": f"{settings['task']} ({settings['split']})", "samples": len(side.table.problems)},
+        "dataset": {"name": f"{settings['task']} ({settings['split']})", "samples": len(side.table.played)},
         "model": f"opd_env/{settings['model']}",
         "model_generate_config": generate | {"seed": settings["seed"]},
         "config": {"epochs": settings["samples"], "limit": settings.get("problems")},

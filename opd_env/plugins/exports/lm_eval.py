@@ -82,9 +82,9 @@ def _samples(side: Side) -> list[dict[str, Any]]:
     """One entry per problem; its episodes are the repeats."""
     settings = side.settings
     rows = []
-    for number, (key, episodes) in enumerate(side.played.items()):
+    for number, (key, episodes) in enumerate(side.table.played.items()):
         played = [side.trajectories[one.place] for one in episodes]
-        document = {"id": key[1], "question": side.questions[key]}
+        document = {"id": key[1], "question": side.table.questions[key]}
         rows.append(
             {
                 "doc_id": number,
