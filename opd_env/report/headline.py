@@ -3,7 +3,7 @@
 Worked example::
 
     headline(Run.read("runs/demo"))
-    # Accuracy on 400 held-out problems went from 33.0 % to 97.5 %; the 95 % intervals do not overlap. …
+    # Greedy accuracy on 400 held-out problems went from 33.0 % to 97.5 %; the 95 % intervals do not overlap. …
 
 Test it alone: ``pytest tests/report/test_headline.py``
 """
@@ -22,9 +22,10 @@ def headline(run: Run) -> str:
     before, after = (run.models.get(key) for key in ("before", "after"))
     if before is None or after is None:
         return "" if "evaluation" in run.models else "This run has not finished; this is how far it came."
+    greedy = run.setting("evaluation.temperature") == 0
     overlap = "overlap" if before.accuracy.overlaps(after.accuracy) else "do not overlap"
     text = (
-        f"Accuracy on {after.accuracy.n} held-out problems went from {percent(before.accuracy.value)} to"
+        f"{'Greedy accuracy' if greedy else 'Accuracy'} on {after.accuracy.n} held-out problems went from {percent(before.accuracy.value)} to"
         f" {percent(after.accuracy.value)}; the 95 % intervals {overlap}."
     )
     first, second = before.scores, after.scores
