@@ -25,8 +25,8 @@ def headline(run: Run) -> str:
     greedy = run.setting("evaluation.temperature") == 0
     overlap = "overlap" if before.accuracy.overlaps(after.accuracy) else "do not overlap"
     text = (
-        f"{'Greedy accuracy' if greedy else 'Accuracy'} on {after.accuracy.n} held-out problems went from {percent(before.accuracy.value)} to"
-        f" {percent(after.accuracy.value)}; the 95 % intervals {overlap}."
+        f"{'Greedy accuracy' if greedy else 'Accuracy'} on {after.accuracy.n} held-out problems went from"
+        f" {percent(before.accuracy.value)} to {percent(after.accuracy.value)}; the 95 % intervals {overlap}."
     )
     first, second = before.scores, after.scores
     both = [key for key in first if key in second]
