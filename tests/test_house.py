@@ -29,7 +29,7 @@ def rooms() -> list[Path]:
 def test_the_core_stays_small() -> None:
     assert all((ROOT / name).exists() for name in CORE)
     counted = {name: lines(ROOT / name) for name in CORE}
-    assert sum(counted.values()) < 6000, counted
+    assert sum(counted.values()) < 6300, counted
 
 
 @pytest.mark.parametrize("room", rooms(), ids=lambda room: str(room.relative_to(ROOT.parent)))
