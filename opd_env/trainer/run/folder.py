@@ -27,7 +27,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from opd_env.episode.files import UNFINISHED, explained, remove_unfinished, whole_or_nothing
+from opd_env.episode.files import UNFINISHED, explained, remove_unfinished, write_whole
 from opd_env.evaluation.result import installed_versions
 from opd_env.settings.fields import ConfigError, build, flat_dict, read_yaml, to_yaml
 from opd_env.trainer.run.config import UNHASHED, OPDConfig, Resume
@@ -60,7 +60,7 @@ class RunFolder:
             *(f"# {name}: {value}" for name, value in installed_versions().items()),
             *(f"# {name}: {value}" for name, value in git_state().items()),
         ]
-        self._write("config.yaml", "\n".join(head) + "\n" + to_yaml(self._config))
+        write_whole(self.path / "config.yaml", "\n".join(head) + "\n" + to_yaml(self._config))
 
     def forget_episodes(self, last_step: int) -> None:
         """Removes the stored episodes of steps after ``last_step``: a run that continues there plays them again."""
@@ -86,7 +86,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any], indent: int | None = 2) -> None:
         """Replaces a file of the folder in one step."""
-        self._write(name, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+        write_whole(self.path / name, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
     def save_model(self, save: Callable[[Path], Any]) -> None:
         """Replaces ``model/`` by what ``save`` writes into the folder that it is given.
@@ -105,10 +105,6 @@ class RunFolder:
                 raise OSError(str(error)) from error
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
-
-    def _write(self, name: str, text: str) -> None:
-        with explained(self.path / name), whole_or_nothing(self.path / name) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
 
     def _remove_run(self) -> None:
         """``config.yaml`` goes last: a run that a kill left half-removed is still known to be one."""
@@ -143,14 +139,11 @@ class RunFolder:
 
 def git_state() -> dict[str, str]:
     """Commit of the working directory and whether it has changes; empty outside a repository."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
+    command = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        commit = git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no") if commit else ""
-    except (OSError, subprocess.TimeoutExpired):
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
         return {}
-    return {"git_commit": commit, "git_changes": "yes" if changes else "no"} if commit else {}
+    commit = lines[0].removeprefix("# branch.oid ")
+    changed = not all(line.startswith("#") for line in lines)
+    return {} if commit == "(initial)" else {"git_commit": commit, "git_changes": "yes" if changed else "no"}

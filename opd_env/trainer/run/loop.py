@@ -39,7 +39,7 @@ from opd_env.report.page import write_report
 from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.learn.update import Updater
 from opd_env.trainer.run.agreement import facts_of, require_one_folder, require_same
-from opd_env.trainer.run.checkpoint import Checkpoints
+from opd_env.trainer.run.checkpoint import Checkpoints, Progress, restore, state_files
 from opd_env.trainer.run.config import OPDConfig
 from opd_env.trainer.run.engine import make_engine, require_same_policy, update_engine
 from opd_env.trainer.run.folder import RunFolder, git_state
@@ -50,7 +50,6 @@ from opd_env.trainer.run.processes import Heartbeat, on_main
 from opd_env.trainer.run.rollouts import StepEpisodes, StepProblems, StepRollouts
 from opd_env.trainer.run.setup import leave, make_accelerator, make_parts, sandbox_levels, start_trackers
 from opd_env.trainer.run.sft import warm_start
-from opd_env.trainer.run.state import Progress, restore, state_files
 from opd_env.trainer.teachers.shift import check_teacher
 
 

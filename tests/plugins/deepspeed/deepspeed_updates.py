@@ -14,9 +14,8 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 
 from opd_env.errors import TrainingError
 from opd_env.trainer.learn.update import Updater
-from opd_env.trainer.run.checkpoint import Checkpoints
+from opd_env.trainer.run.checkpoint import Checkpoints, Progress, restore, state_files
 from opd_env.trainer.run.setup import leave
-from opd_env.trainer.run.state import Progress, restore, state_files
 from tests.trainer.learn.distributed_updates import TRAJECTORIES, train, updater_of
 from tests.trainer.toy import row_of
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from opd_env.trainer.run.checkpoint import Checkpoints
-from opd_env.trainer.run.state import restore
+from opd_env.trainer.run.checkpoint import Checkpoints, restore
 from tests.plugins.deepspeed import deepspeed_updates
 from tests.plugins.deepspeed.deepspeed_updates import KINDS
 from tests.trainer.learn.distributed_updates import TRAJECTORIES, train, updater_of

@@ -14,10 +14,9 @@ from peft import LoraConfig, get_peft_model
 
 from opd_env.trainer.batch import PolicyModule, Row
 from opd_env.trainer.learn.update import Updater
-from opd_env.trainer.run.checkpoint import Checkpoints
+from opd_env.trainer.run.checkpoint import Checkpoints, Progress, restore, state_files
 from opd_env.trainer.run.setup import leave
 from opd_env.trainer.run.sft import supervised_objective
-from opd_env.trainer.run.state import Progress, restore, state_files
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.toy import made_trajectory, row_of
 

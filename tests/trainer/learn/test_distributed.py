@@ -15,9 +15,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from opd_env.engines.models import load_model
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.settings.fields import ConfigError
-from opd_env.trainer.run.checkpoint import Checkpoints
+from opd_env.trainer.run.checkpoint import Checkpoints, restore
 from opd_env.trainer.run.setup import make_accelerator
-from opd_env.trainer.run.state import restore
 from tests.trainer.learn import distributed_updates
 from tests.trainer.learn.distributed_updates import KINDS, TRAJECTORIES, accelerator_of, train, updater_of
 from tests.trainer.run.test_loop import trainer_of

@@ -12,9 +12,8 @@ from accelerate import Accelerator
 from opd_env.trainer.batch import PolicyModule
 from opd_env.trainer.learn.update import Updater
 from opd_env.trainer.run import checkpoint as module
-from opd_env.trainer.run.checkpoint import CheckpointError, Checkpoints, find_damage
+from opd_env.trainer.run.checkpoint import CheckpointError, Checkpoints, Progress, find_damage, restore, state_files
 from opd_env.trainer.run.sft import supervised_objective
-from opd_env.trainer.run.state import Progress, restore, state_files
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.toy import made_trajectory, row_of
 
@@ -89,7 +88,9 @@ def test_a_damaged_newest_one_is_passed_over_and_said_so(tmp_path, caplog, damag
 def test_only_damaged_ones_are_an_error(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     damage_cut(checkpoints.save(1, files()).folder)
-    with pytest.raises(CheckpointError, match="are damaged; remove the folder, or start anew with --resume never"):
+    with pytest.raises(
+        CheckpointError, match=r"are damaged; remove the folder, or start anew with --run\.resume never"
+    ):
         checkpoints.newest()
 
 

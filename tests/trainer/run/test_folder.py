@@ -1,7 +1,7 @@
 """The run folder belongs to one run, is never half-written, and never takes another's place."""
 
 import errno
-import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,9 +92,22 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_git_state_names_the_commit_or_nothing(tmp_path, monkeypatch):
-    assert set(git_state()) <= {"git_commit", "git_changes"}
+def test_git_state_names_the_commit_and_whether_files_differ_from_it_or_nothing(tmp_path, monkeypatch):
+    def git(*words):
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_state() == {}
-    json.dumps(git_state())
+    git("init")
+    assert git_state() == {}  # no commit yet
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "first")
+    (tmp_path / "other").write_text("not part of the repository")
+    assert git_state() == {"git_commit": git("rev-parse", "HEAD"), "git_changes": "no"}
+    (tmp_path / "file").write_text("two")
+    assert git_state()["git_changes"] == "yes"
+    monkeypatch.setenv("PATH", "")
+    assert git_state() == {}
