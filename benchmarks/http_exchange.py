@@ -1,8 +1,7 @@
-"""Exchanges of JSON per second: ``http_transport`` beside httpx2 with the same deadline for a whole exchange.
+"""Exchanges of JSON per second: ``Transport`` (httpx2, one deadline for the whole) beside plain ``http.client``.
 
-httpx2's own time-outs are for one read each, so a server that drips holds it for ever; a deadline for the whole takes
-its asynchronous client, here on an event loop in a thread, with kept connections. Both ask a server in a process of its
-own that answers at once, by turns; the medians of all rounds are compared.
+``http.client`` knows time-outs of one read each only: what it gains is the price of the deadline. Both ask a server in
+a process of its own that answers at once, by turns, each time on a new connection; medians of all rounds are compared.
 
 Run it: ``python benchmarks/http_exchange.py`` (half a minute on two cores)
 """
@@ -11,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import multiprocessing
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import httpx2
+from urllib.parse import urlsplit
 
 from opd_env.engines.servers.transport import Transport
 
@@ -51,30 +49,14 @@ def serve(size: int, port: Any) -> None:
     asyncio.run(listen())
 
 
-class Httpx:
-    """What ``Transport`` would be on httpx2."""
-
-    def __init__(self) -> None:
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
-        self._client = httpx2.AsyncClient(verify=False, trust_env=False, timeout=None, limits=limits)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-
-    def ask(self, url: str, body: Any, *, timeout_s: float) -> Any:
-        """One exchange."""
-        data = json.dumps(body).encode()
-        return json.loads(asyncio.run_coroutine_threadsafe(self._exchange(url, data, timeout_s), self._loop).result())
-
-    async def _exchange(self, url: str, data: bytes, timeout_s: float) -> bytes:
-        content = bytearray()
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        async with (
-            asyncio.timeout(timeout_s),
-            self._client.stream("POST", url, content=data, headers=headers) as answer,
-        ):
-            async for chunk in answer.aiter_raw():
-                content += chunk
-        return bytes(content)
+def plain(url: str, body: Any, *, timeout_s: float) -> Any:
+    """One exchange of the standard library."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
+    connection.request("POST", parts.path, json.dumps(body), {"Content-Type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    return answer
 
 
 def measure(ask: Callable[..., Any], url: str, tokens: int, threads: int, count: int) -> tuple[float, float]:
@@ -99,16 +81,16 @@ def main() -> None:
         server.start()
         url = f"http://127.0.0.1:{port.get()}/v1/completions"
         for threads in (1, 64):
-            ways = {"ours": Transport(), "httpx2": Httpx()}
+            ways = {"ours": Transport().ask, "plain": plain}
             found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
             for _ in range(options.rounds):
                 for name, way in ways.items():
-                    found[name].append(measure(way.ask, url, tokens, threads, options.exchanges))
+                    found[name].append(measure(way, url, tokens, threads, options.exchanges))
             rate, cpu = ({n: statistics.median(one[i] for one in rows) for n, rows in found.items()} for i in (0, 1))
             print(
                 f"{size:6} bytes, {threads:2} threads: ours {rate['ours']:5.0f}/s and {cpu['ours']:4.0f} µs of CPU, "
-                f"httpx2 {rate['httpx2']:5.0f}/s and {cpu['httpx2']:4.0f} µs; "
-                f"ours / httpx2 {rate['ours'] / rate['httpx2']:.2f} in rate, {cpu['ours'] / cpu['httpx2']:.2f} in CPU",
+                f"plain {rate['plain']:5.0f}/s and {cpu['plain']:4.0f} µs; "
+                f"ours / plain {rate['ours'] / rate['plain']:.2f} in rate, {cpu['ours'] / cpu['plain']:.2f} in CPU",
                 flush=True,
             )
         server.terminate()

@@ -229,7 +229,7 @@ def _rollout(settings: RolloutSettings) -> int:
 def _open(settings: PlaySettings) -> tuple[Engine, ChatFormat, LoadedModel]:
     from opd_env.engines.models import load_model
     from opd_env.engines.open import open_engine, probe_engine
-    from opd_env.engines.servers.urls import is_url
+    from opd_env.engines.servers.transport import is_url
     from opd_env.formats import get_format
 
     if is_url(settings.model):

@@ -17,12 +17,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
 from typing import Any
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """How tokens are drawn: always from the whole vocabulary, as on-policy training needs it.
 
     Raises:
         ValueError: a value is out of its range.
@@ -30,20 +31,12 @@ class SamplingParams:
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token. On-policy training needs 1."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens with this probability; 1 keeps all. Training needs 1."""
-    top_k: int = 0
-    """Keep this many tokens; 0 keeps all. Training needs 0."""
     max_tokens: int = 256
     """Longest turn, in tokens."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 10:
             raise ValueError(f"temperature={self.temperature} is outside 0 … 10")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} is outside (0, 1]")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} is negative; 0 keeps all tokens")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}; a turn needs at least 1")
 
@@ -72,7 +65,7 @@ class Completion:
     token_ids: list[int]
     """The stop token is included when one was sampled."""
     logprobs: list[float]
-    """Natural log-probs at the request's temperature (at 1 for greedy), before top-p and top-k; one per token."""
+    """Natural log-probs at the request's temperature (at 1 for greedy); one per token."""
     truncated: bool
     """The turn reached ``max_tokens`` without a stop token."""
     error: str | None = None
@@ -156,6 +149,66 @@ class Engine(ABC):
                 completions[index] = replace(completion, episode=index)
                 self.release(completion.episode)
         return [completions[index] for index in range(len(prefixes))]
+
+
+class AskingEngine(Engine):
+    """What engines that ask servers have in common: threads wait for the answers, ``step`` for the first of them."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[int, object] = {}
+        """Of turns under way: what tells a turn from a later one of an episode of the same number."""
+        self._ended: SimpleQueue[tuple[int, object, Completion | Exception] | None] = SimpleQueue()
+        self._failure: Exception | None = None
+
+    def _begin(
+        self, episode: int, ask: Callable[[], Completion], in_a_thread: Callable[[Callable[[], None]], None]
+    ) -> None:
+        if episode in self._tickets:
+            raise RuntimeError(f"episode {episode} has a turn under way already")
+        ticket = self._tickets[episode] = object()
+
+        def run() -> None:
+            result: Completion | Exception
+            try:
+                result = ask()
+            except Exception as error:  # raised where the caller waits: it must not die with this thread
+                result = error
+            self._ended.put((episode, ticket, result))
+
+        in_a_thread(run)
+
+    def step(self) -> list[Completion]:
+        """Waits until a turn ends or ``wake`` is called; returns all turns that ended."""
+        completions: list[Completion] = []
+        ended = self._ended.get() if self._tickets and self._failure is None else None
+        while self._failure is None:
+            if ended is not None and self._tickets.get(ended[0]) is ended[1]:
+                del self._tickets[ended[0]]
+                if isinstance(ended[2], Exception):
+                    self._failure = ended[2]
+                    break
+                completions.append(ended[2])
+            try:
+                ended = self._ended.get_nowait()
+            except Empty:
+                break
+        if self._failure is not None and not completions:  # turns that ended before it are handed over first
+            failure, self._failure = self._failure, None
+            raise failure
+        return completions
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn is under way, or a failure is to be raised."""
+        return bool(self._tickets) or self._failure is not None
+
+    def wake(self) -> None:
+        """See ``Engine``."""
+        self._ended.put(None)
+
+    def release(self, episode: int) -> None:
+        """See ``Engine``; the answer to a turn under way is thrown away when it comes."""
+        self._tickets.pop(episode, None)
 
 
 class ScriptedEngine(Engine):

@@ -20,7 +20,7 @@ from opd_env.engines.models import LoadedModel
 from opd_env.engines.servers.client import client_of
 from opd_env.engines.servers.engine import HttpEngine
 from opd_env.engines.servers.probe import probe_servers, probe_vllm
-from opd_env.engines.servers.urls import is_url
+from opd_env.engines.servers.transport import is_url
 from opd_env.engines.vllm import VLLMEngine
 from opd_env.formats import ChatFormat
 

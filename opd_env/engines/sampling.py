@@ -27,8 +27,7 @@ def draw_tokens(
         uniforms: each row's random number, so that what it draws does not depend on the others.
 
     Returns:
-        The tokens and their natural log-probs at the row's temperature (at 1 for greedy), before top-p and top-k,
-        both of shape ``[N]``.
+        The tokens and their natural log-probs at the row's temperature (at 1 for greedy), both of shape ``[N]``.
     """
     temperatures = [one.temperature or 1.0 for one in params]
     if any(one != 1.0 for one in temperatures):
@@ -38,8 +37,7 @@ def draw_tokens(
     if all(greedy):
         chosen_N = logprobs_NV.argmax(dim=-1)
     else:
-        kept_NV = _truncate(logprobs_NV, params)
-        cumulative_NV = kept_NV.exp().cumsum(dim=-1, dtype=torch.float64)
+        cumulative_NV = logprobs_NV.exp().cumsum(dim=-1, dtype=torch.float64)
         total_N = cumulative_NV[:, -1]
         uniform_N = torch.tensor(uniforms, dtype=torch.float64, device=logits_NV.device)
         target_N = torch.minimum(uniform_N * total_N, torch.nextafter(total_N, torch.zeros_like(total_N)))
@@ -48,19 +46,3 @@ def draw_tokens(
             greedy_N = torch.tensor(greedy, device=logits_NV.device)
             chosen_N = torch.where(greedy_N, logprobs_NV.argmax(dim=-1), chosen_N)
     return chosen_N, logprobs_NV.gather(1, chosen_N[:, None])[:, 0]
-
-
-def _truncate(logprobs_NV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Sets what top-k and top-p cut away to −inf, row by row; the input is not changed."""
-    if all(one.top_k == 0 and one.top_p == 1.0 for one in params):
-        return logprobs_NV
-    kept_NV = logprobs_NV.clone()
-    for row_V, one in zip(kept_NV, params, strict=True):
-        ordered_V, order_V = row_V.sort(descending=True)
-        before_V = ordered_V.exp().cumsum(0) - ordered_V.exp()
-        cut_V = before_V >= one.top_p
-        if one.top_k:
-            cut_V[one.top_k :] = True
-        cut_V[0] = False
-        row_V[order_V[cut_V]] = float("-inf")
-    return kept_NV

@@ -105,8 +105,6 @@ class VLLMEngine(Engine):
         params = SamplingParams(
             max_tokens=request.params.max_tokens,
             temperature=request.params.temperature,
-            top_p=request.params.top_p,
-            top_k=request.params.top_k,
             seed=request.seed % (1 << 63),
             stop_token_ids=list(self._stop),
             ignore_eos=True,

@@ -1,4 +1,4 @@
-"""Plays episodes through a chat server: the same environments and graders, without tokens.
+"""Plays episodes through a chat server: the rollouts, environments and graders of every other model, without tokens.
 
 Worked example::
 
@@ -14,32 +14,32 @@ Test it alone: ``pytest tests/evaluation/test_chat_player.py``
 from __future__ import annotations
 
 import json
-import os
 import re
-import time
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import replace
-from queue import Empty, SimpleQueue
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from opd_env.engines.base import SamplingParams
-from opd_env.episode.env import PlayedCall, ToolEnv
+from opd_env.engines.base import AskingEngine, Completion, Request, SamplingParams
 from opd_env.episode.limits import RolloutLimits
-from opd_env.episode.play import episode_seed
-from opd_env.episode.rollouts import EpisodeError
-from opd_env.episode.trajectory import CallRecord, StopReason, Trajectory, TurnRecord
+from opd_env.episode.record import Recorder
+from opd_env.episode.rollouts import EpisodeError, rollout
+from opd_env.episode.trajectory import Trajectory, TurnRecord
 from opd_env.evaluation.chat_server import ChatServer, ContextFull, NativeCall, Reply, ServerFault, ServerRefused
+from opd_env.formats import ParsedTurn, parse_hermes
+from opd_env.formats.parse import Span
+from opd_env.messages import Message
 from opd_env.tasks import Task
-from opd_env.tools import Tool, ToolErrorKind
+from opd_env.tools import Tool
 
 _NOT_IN_A_NAME = re.compile(r"[^a-zA-Z0-9_-]")
 _LONGEST_NAME = 64
 _MOST_FAULTS = 5
 """Episodes in a row (or as many as are played side by side) whose failure means that the server is down."""
+_FULL = 1 << 60
+"""Tokens of a conversation that the model's context does not hold: more than any limit."""
 _TAG = re.compile(r"<(?=/?(?:tool_call|think))")
 
 
@@ -65,153 +65,130 @@ def play_by_chat(
     Raises:
         ServerRefused: the server will not answer, or has failed too many episodes in a row.
     """
-    server = replace(server)  # one of our own: closing it ends no other evaluation
-    player = _Player(task, server, tools, limits, replace(sampling, max_tokens=limits.max_turn_tokens), seed)
-    waiting = list(episodes)[::-1]
-    errors: list[EpisodeError] = []
-    in_a_row, most = 0, max(_MOST_FAULTS, server.concurrency)
-    pool = ThreadPoolExecutor(server.concurrency, thread_name_prefix="opd-env-chat")
-    playing: dict[Future[Trajectory], tuple[int, int]] = {}
+    engine = _ChatEngine(server)
     try:
-        while waiting or playing:
-            while waiting and len(playing) < server.concurrency:
-                job = waiting.pop()
-                playing[pool.submit(player.play, *job)] = job
-            done = wait(playing, return_when=FIRST_COMPLETED).done
-            # What has finished is handed over before a failure can end the evaluation.
-            for future in sorted(done, key=lambda one: one.exception() is not None):
-                index, sample = playing.pop(future)
-                error = future.exception()
-                if error is None:
-                    in_a_row = 0
-                    on_finished(future.result())
-                    continue
-                if isinstance(error, ServerRefused) or not isinstance(error, Exception):
-                    raise error
-                if "PYTEST_CURRENT_TEST" in os.environ and not isinstance(error, ServerFault):
-                    raise error  # a failure of the kit
-                message = str(error) if isinstance(error, ServerFault) else f"{type(error).__name__}: {error}"
-                errors.append(EpisodeError(task[index].id, sample, message))
-                in_a_row += 1
-                if in_a_row >= most:
-                    raise ServerRefused(
-                        f"{in_a_row} episodes in a row failed; {message}. What had finished is stored; the same "
-                        "command continues"
-                    ) from error
+        return rollout(
+            task, engine, None, episodes=episodes, tools=tools, limits=limits, sampling=sampling, seed=seed,
+            on_finished=on_finished, recorder=_ChatRecorder,
+        ).errors  # fmt: skip
     finally:
-        player.stop()
-        server.close()  # when stopped by Ctrl-C, nobody waits for the answers
-        pool.shutdown(wait=False, cancel_futures=True)
-    return errors
+        engine.close()  # when stopped by Ctrl-C, nobody waits for the answers
 
 
-class _Player:
-    """Plays one episode at a time per thread."""
+@dataclass(frozen=True)
+class _ChatRequest(Request):
+    messages: Sequence[Any] = ()
+    tools: Sequence[Mapping[str, Any]] = ()
 
-    def __init__(
-        self,
-        task: Task,
-        server: ChatServer,
-        tools: Sequence[str | Tool] | None,
-        limits: RolloutLimits,
-        params: SamplingParams,
-        seed: int,
-    ) -> None:
-        self._task, self._server, self._tools = task, server, tools
-        self._limits, self._params, self._seed = limits, params, seed
-        self._idle: SimpleQueue[ToolEnv] = SimpleQueue()
-        self._stopped = False
 
-    def play(self, index: int, sample: int) -> Trajectory:
-        # The environment's clock would count the pauses for a busy server as the model's time.
-        patient = replace(self._limits, max_seconds=float("inf"))
-        try:
-            env = self._idle.get_nowait()
-        except Empty:
-            env = ToolEnv(self._task, self._tools, limits=patient)
-        try:
-            return self._play(env, index, sample)
-        finally:
-            self._idle.put(env)
-            if self._stopped:
-                self.stop()
+@dataclass(frozen=True)
+class _ChatCompletion(Completion):
+    reply: Reply | None = None
+    """None when the conversation does not fit the model's context."""
 
-    def stop(self) -> None:
-        """Ends the tools; an episode that is under way ends before its next turn."""
-        self._stopped = True
-        with suppress(Empty):
-            while True:
-                self._idle.get_nowait().close()
 
-    def _play(self, env: ToolEnv, index: int, sample: int) -> Trajectory:
-        _, info = env.reset(options={"index": index})
-        example, names = info["example"], _safe_names(info["tools"])
-        offered = [_renamed(schema, names) for schema in info["tools"]]
-        real_name = {safe: name for name, safe in names.items()}
-        seed = episode_seed(self._seed, example.id, sample)
-        messages: list[Any] = list(info["messages"])
-        turns: list[TurnRecord] = []
-        spent, started = 0.0, time.perf_counter()
-        while True:
-            if self._stopped:
-                raise ServerFault("stopped before the episode was over")
-            turn_seed = (seed + len(turns)) % 2**31 if self._params.temperature else None
-            try:
-                reply = self._server.complete(messages, offered, self._params, turn_seed)
-            except ContextFull:
-                info = _cut(env, StopReason.EPISODE_LENGTH)
-                break
-            action = _action(reply, real_name)
-            turns.append(TurnRecord(0, 0, action, truncated=reply.truncated, generate_seconds=reply.seconds))
-            spent += reply.seconds
-            if reply.truncated:
-                info = _cut(env, StopReason.TURN_LENGTH)
-                break
-            if reply.calls and spent > self._limits.max_seconds:
-                info = _cut(env, StopReason.TIME)
-                break
-            before = time.perf_counter()
-            _, _, terminated, truncated, info = env.step(action)
-            tool_seconds = time.perf_counter() - before
-            broken = [call.result for call in info["calls"] if call.result.error is ToolErrorKind.SANDBOX]
-            if broken:
-                raise RuntimeError(f"tool {broken[0].name!r} failed by no fault of the student: {broken[0].content}")
-            spent += tool_seconds
-            records = tuple(_record(call) for call in info["calls"])
-            turns[-1] = replace(turns[-1], calls=records, tool_seconds=tool_seconds)
-            if terminated or truncated:
-                break
-            messages += _history(reply, info["messages"])
-            if reply.total_tokens >= self._limits.max_tokens:
-                info = _cut(env, StopReason.EPISODE_LENGTH)
-                break
-        grade = info["grade"]
-        return Trajectory(
-            task=self._task.name,
-            example_id=example.id,
-            sample=sample,
-            token_ids=np.zeros(0, np.int32),
-            sampled=np.zeros(0, np.bool_),
-            kind=np.zeros(0, np.uint8),
-            turn=np.zeros(0, np.int16),
-            logprobs=np.zeros(0, np.float32),
-            turns=tuple(turns),
-            stop_reason=info["stop_reason"],
-            answer=info["answer"],
-            correct=grade.correct,
-            difficulty=example.difficulty,
-            category=str(example.metadata.get("category", "")),
-            seed=self._seed,
-            extracted=grade.extracted,
-            grade_reason=grade.reason,
-            scores=dict(grade.scores),
-            question=example.messages[-1]["content"],
-            seconds=time.perf_counter() - started,
+class _ChatEngine(AskingEngine):
+    """Asks a chat server for the turns of many episodes, each in a thread that holds no exit."""
+
+    def __init__(self, server: ChatServer) -> None:
+        super().__init__()
+        self._server = replace(server)  # closing it ends no other evaluation
+        self.capacity = server.concurrency
+        self._most_faults = max(_MOST_FAULTS, server.concurrency)
+        self._faults = 0
+        self._lock = threading.Lock()
+
+    def submit(self, request: Request) -> None:
+        """See ``Engine``; takes requests of ``_ChatRecorder`` only."""
+        if not isinstance(request, _ChatRequest):
+            raise TypeError("a chat server takes messages, not tokens; play it with recorder=_ChatRecorder")
+        self._begin(
+            request.episode,
+            lambda: self._complete(request),
+            lambda run: threading.Thread(target=run, daemon=True, name="opd-env-chat").start(),
         )
 
+    def close(self) -> None:
+        """See ``Engine``."""
+        self._server.close()
 
-def _cut(env: ToolEnv, reason: StopReason) -> dict[str, Any]:
-    return {"stop_reason": reason, "answer": None, "grade": env.truncate(reason)}
+    def _complete(self, request: _ChatRequest) -> Completion:
+        seed = request.seed % 2**31 if request.params.temperature else None
+        reply: Reply | None
+        try:
+            reply = self._server.complete(request.messages, request.tools, request.params, seed)
+        except ContextFull:
+            reply = None
+        except ServerFault as fault:
+            with self._lock:
+                self._faults += 1
+                in_a_row = self._faults
+            if in_a_row >= self._most_faults:
+                raise ServerRefused(
+                    f"{in_a_row} episodes in a row failed; {fault}. What had finished is stored; the same command "
+                    "continues"
+                ) from fault
+            return Completion(request.episode, [], [], truncated=True, error=str(fault))
+        with self._lock:
+            self._faults = 0
+        truncated, seconds = reply is None or reply.truncated, 0.0 if reply is None else reply.seconds
+        return _ChatCompletion(request.episode, [], [], truncated, seconds=seconds, reply=reply)
+
+
+class _ChatRecorder(Recorder):
+    """The conversation as the API wants it, and the turns as text."""
+
+    def __init__(self, chat: None, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        names = _safe_names(tools)
+        self._messages: list[Any] = list(messages)
+        self._tools = [_renamed(schema, names) for schema in tools]
+        self._real_name = {safe: name for name, safe in names.items()}
+        self._reply = Reply("", (), False, 0)
+
+    @property
+    def context_length(self) -> int:
+        """By the server's own count."""
+        return self._reply.total_tokens
+
+    def request(self, key: int, params: SamplingParams, seed: int) -> Request:
+        """The conversation so far."""
+        return _ChatRequest(key, (), params, seed, list(self._messages), self._tools)
+
+    def sampled(self, completion: Completion, seconds: float) -> ParsedTurn:
+        """Adds a turn, if the server's context had room for one."""
+        if not isinstance(completion, _ChatCompletion) or completion.reply is None:
+            self._reply = Reply("", (), True, _FULL)
+            return ParsedTurn("", "")
+        self._reply = completion.reply
+        turn = parse_hermes(_action(self._reply, self._real_name))
+        self.turns.append(TurnRecord(0, 0, turn.text, truncated=completion.truncated, generate_seconds=seconds))
+        return replace(turn, calls=tuple(replace(call, span=Span(0, 0)) for call in turn.calls))
+
+    def answered(self, replies: Sequence[Message], max_tokens: int) -> bool:
+        """Adds the turn and what answers it; how many tokens these are, the server tells with its next reply."""
+        calls, assistant = self._reply.calls, {"role": "assistant", "content": self._reply.text}
+        if replies[0]["role"] == "user":
+            self.turns[-1] = replace(self.turns[-1], user=replies[0]["content"])
+            self._messages += [assistant, *replies]
+        elif not calls:  # the server left them in the text: it knows of none that a tool message could answer
+            answers = "\n".join(f"<tool_response>\n{one['content']}\n</tool_response>" for one in replies)
+            self._messages += [assistant, {"role": "user", "content": answers}]
+        else:
+            functions = [{"name": call.name, "arguments": _readable(call.arguments)} for call in calls]
+            asked = [
+                {"id": call.id, "type": "function", "function": function}
+                for call, function in zip(calls, functions, strict=True)
+            ]
+            self._messages.append({**assistant, "tool_calls": asked})
+            for call, one in zip(calls, replies, strict=True):
+                self._messages.append({"role": "tool", "tool_call_id": call.id, "content": one["content"]})
+        return True
+
+    def tokens(self) -> dict[str, Any]:
+        """None are known."""
+        types = {"token_ids": np.int32, "sampled": np.bool_, "kind": np.uint8, "turn": np.int16, "logprobs": np.float32}
+        return {name: np.zeros(0, dtype) for name, dtype in types.items()}
 
 
 def _action(reply: Reply, real_name: Mapping[str, str]) -> str:
@@ -233,29 +210,6 @@ def _as_json(call: NativeCall, real_name: Mapping[str, str]) -> str:
     except (ValueError, RecursionError):
         text = f"{name}: {call.arguments}"
     return text.replace("<", "\\u003c")  # the same value: brackets occur only inside strings
-
-
-def _record(played: PlayedCall) -> CallRecord:
-    call = played.parsed
-    arguments = call.raw if call.arguments is None else json.dumps(call.arguments, ensure_ascii=False)
-    result = played.result
-    return CallRecord(call.name, arguments, 0, 0, result.content, result.error, result.seconds, retries=result.retries)
-
-
-def _history(reply: Reply, replies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The turn and its answers as the API wants them back."""
-    if not reply.calls:  # calls that the server left in the text: it knows of none that a tool message could answer
-        answers = "\n".join(f"<tool_response>\n{one['content']}\n</tool_response>" for one in replies)
-        return [{"role": "assistant", "content": reply.text}, {"role": "user", "content": answers}]
-    calls = [
-        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _readable(call.arguments)}}
-        for call in reply.calls
-    ]
-    answered = [
-        {"role": "tool", "tool_call_id": call.id, "content": one["content"]}
-        for call, one in zip(reply.calls, replies, strict=True)
-    ]
-    return [{"role": "assistant", "content": reply.text, "tool_calls": calls}, *answered]
 
 
 def _readable(arguments: str) -> str:

@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from opd_env.engines.base import SamplingParams
-from opd_env.engines.servers.transport import Fault, Refusal, Transport, pause_before
-from opd_env.engines.servers.urls import checked_url
+from opd_env.engines.servers.transport import Fault, Refusal, Transport, checked_url, pause_before
 from opd_env.errors import UserError
 
 LONGEST_ANSWER = 8_000_000
@@ -111,7 +110,7 @@ class ChatServer:
         Args:
             messages: the conversation so far, in the API's own shape.
             tools: schemas of the tools on offer.
-            params: temperature, top-p and the turn's limit of tokens; the API has no top-k.
+            params: temperature and the turn's limit of tokens.
             seed: passed on; servers promise no more than to try.
 
         Raises:
@@ -119,11 +118,7 @@ class ChatServer:
             ServerRefused: it will not answer.
             ContextFull: the conversation has become too long.
         """
-        if params.top_k:
-            raise ServerRefused(f"top_k={params.top_k}: the chat API cannot do that; set top_k=0")
         body: dict[str, Any] = {"model": self.model, "messages": list(messages), "temperature": params.temperature}
-        if params.top_p < 1:
-            body["top_p"] = params.top_p
         if tools:
             body["tools"] = list(tools)
         if seed is not None:

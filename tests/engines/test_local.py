@@ -192,13 +192,6 @@ def test_log_probs_are_of_the_sampling_temperature() -> None:
     assert abs(float(logprobs[one.token_ids[0]]) - one.logprobs[0]) < 1e-4
 
 
-@pytest.mark.parametrize("params", [SamplingParams(top_k=1, max_tokens=5), SamplingParams(top_p=1e-6, max_tokens=5)])
-def test_the_narrowest_truncation_is_greedy(params: SamplingParams) -> None:
-    engine = LocalEngine(tiny_llama(vocab_size=64), [1], VOCAB)
-    greedy = engine.generate(prefixes(3), SamplingParams(temperature=0, max_tokens=5))
-    assert [one.token_ids for one in engine.generate(prefixes(3), params)] == [one.token_ids for one in greedy]
-
-
 def test_padding_of_the_head_is_never_sampled() -> None:
     model = tiny_llama(vocab_size=64)
     engine = LocalEngine(model, [], 3)
@@ -230,9 +223,7 @@ def test_the_model_keeps_its_training_mode() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize(
-    "values", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"max_tokens": 0}]
-)
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"max_tokens": 0}])
 def test_impossible_sampling_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         SamplingParams(**values)  # type: ignore[arg-type]

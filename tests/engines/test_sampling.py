@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_env.engines.base import GREEDY, SamplingParams
@@ -20,19 +20,14 @@ def drawn_by_hand(logits: list[float], params: SamplingParams, uniform: float) -
     temperature = params.temperature or 1.0
     weights = [math.exp(logit / temperature) for logit in logits]
     probabilities = [weight / sum(weights) for weight in weights]
-    order = sorted(range(len(logits)), key=lambda index: -probabilities[index])
-    kept = []
-    for rank, index in enumerate(order):
-        before = sum(probabilities[other] for other in order[:rank])
-        if rank == 0 or (before < params.top_p and not 0 < params.top_k <= rank):
-            kept.append(index)
     if params.temperature == 0:
-        kept = [index for index in kept if probabilities[index] == probabilities[order[0]]]
-        return set(kept), [math.log(one) for one in probabilities]
+        most = max(probabilities)
+        return {index for index, one in enumerate(probabilities) if one == most}, [
+            math.log(one) for one in probabilities
+        ]
     found, low = set(), 0.0
-    total = sum(probabilities[index] for index in kept)
-    for index in sorted(kept):
-        high = low + probabilities[index] / total
+    for index, probability in enumerate(probabilities):
+        high = low + probability
         if low - 1e-4 <= uniform <= high + 1e-4:
             found.add(index)
         low = high
@@ -43,10 +38,7 @@ def drawn_by_hand(logits: list[float], params: SamplingParams, uniform: float) -
     st.lists(
         st.tuples(
             LOGITS,
-            st.sampled_from([
-                SamplingParams(), SamplingParams(temperature=0.5), SamplingParams(top_k=2), GREEDY,
-                SamplingParams(temperature=2.0, top_p=0.75),
-            ]),
+            st.sampled_from([SamplingParams(), SamplingParams(0.5), SamplingParams(2.0), GREEDY]),
             st.floats(0, 1, exclude_max=True),
         ),
         min_size=1, max_size=6,
@@ -54,9 +46,6 @@ def drawn_by_hand(logits: list[float], params: SamplingParams, uniform: float) -
 )  # fmt: skip
 def test_every_row_draws_by_its_own_settings_and_number(rows: list[tuple[list[float], SamplingParams, float]]) -> None:
     logits, params, uniforms = zip(*rows, strict=True)
-    for row in logits:  # at the very edge of top-p, rounding decides
-        kept = torch.tensor(row).div(2).softmax(0).sort(descending=True).values.cumsum(0)
-        assume(float((kept - 0.75).abs().min()) > 1e-5)
     chosen_N, logprobs_N = draw_tokens(torch.tensor(logits), params, uniforms)
     for row, token, logprob in zip(rows, chosen_N.tolist(), logprobs_N.tolist(), strict=True):
         tokens, expected = drawn_by_hand(*row)

@@ -24,10 +24,12 @@ from opd_env.evaluation.comparison import compare, read_side
 from opd_env.evaluation.result import EvaluationResult
 from opd_env.evaluation.run import evaluate
 from opd_env.formats import parse_hermes
+from opd_env.messages import user
 from opd_env.plugins.exports import export_evaluation
 from opd_env.report.comparison_page import write_comparison
 from opd_env.report.page import write_report
 from opd_env.tools import ToolErrorKind
+from tests.episode.test_user_turns import Talk
 from tests.evaluation.chat_api import Answer, chat_api, says
 from tests.evaluation.test_run import Doubles
 
@@ -115,6 +117,14 @@ def test_calls_that_the_server_left_in_the_text_are_run_and_answered_as_text() -
     result = run(respond, limit=1)
     assert result.summary.tool_call_validity.value == 1
     assert sent[1]["messages"][-1]["role"] == "user"
+
+
+def test_a_user_who_speaks_again_is_heard_and_recorded() -> None:
+    result = run(lambda body, number: says("no" if number == 0 else "yes"), task=Talk())
+    (one,) = result.trajectories
+    assert [turn.user for turn in one.turns] == ["And now?", None]
+    assert (one.stop_reason, one.correct) == (StopReason.ANSWER, True)
+    assert sent[1]["messages"] == [user("Well?"), {"role": "assistant", "content": "no"}, user("And now?")]
 
 
 def test_unreadable_arguments_are_counted_and_never_sent_back() -> None:

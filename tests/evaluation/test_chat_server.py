@@ -38,11 +38,11 @@ def test_text_and_calls_come_back_as_the_server_read_them() -> None:
 def test_the_request_holds_the_sampling_and_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     with chat_api(lambda body, number: says("42")) as api:
-        ChatServer(api.url, "m").complete(QUESTION, [TOOL], SamplingParams(0.7, top_p=0.9, max_tokens=33), seed=5)
+        ChatServer(api.url, "m").complete(QUESTION, [TOOL], SamplingParams(0.7, max_tokens=33), seed=5)
         ChatServer(api.url, "m").complete(QUESTION, [], GREEDY)
     first, second = api.requests
     assert first == {
-        "model": "m", "messages": QUESTION, "temperature": 0.7, "top_p": 0.9, "tools": [TOOL], "seed": 5,
+        "model": "m", "messages": QUESTION, "temperature": 0.7, "tools": [TOOL], "seed": 5,
         "max_completion_tokens": 33,
     }  # fmt: skip
     assert "tools" not in second
@@ -224,8 +224,3 @@ def test_nobody_there_is_one_sentence() -> None:
 def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(ServerRefused, match="no URL of a server"):
         ask("nonsense")
-
-
-def test_top_k_is_refused_because_the_api_has_none() -> None:
-    with pytest.raises(ServerRefused, match="top_k=5"):
-        ask("http://127.0.0.1:1/v1", SamplingParams(top_k=5))

@@ -34,8 +34,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from opd_env.engines.servers.transport import Fault, Refusal, Transport, pause_before
-from opd_env.engines.servers.urls import pool_url
+from opd_env.engines.servers.transport import Fault, Refusal, Transport, pause_before, pool_url
 from opd_env.errors import UserError
 
 Answer = TypeVar("Answer")

@@ -30,10 +30,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
-from opd_env.engines.base import Completion, Engine, Request
+from opd_env.engines.base import AskingEngine, Completion, Request
 from opd_env.engines.servers.client import HttpClient, RequestFailed, RequestRefused
 from opd_env.engines.servers.model import served_model
 from opd_env.engines.servers.turns import read_completion, require_samplable, sampling_body
@@ -50,14 +49,7 @@ class ServedWeights:
     """Servers that have not taken them yet, and why."""
 
 
-class _Outcome(NamedTuple):
-    episode: int
-    ticket: object
-    """Tells this turn from a later one of an episode of the same number."""
-    result: Completion | Exception
-
-
-class HttpEngine(Engine):
+class HttpEngine(AskingEngine):
     """Samples with a pool of vLLM servers.
 
     Args:
@@ -74,8 +66,8 @@ class HttpEngine(Engine):
     def __init__(
         self, client: HttpClient, stop_token_ids: Sequence[int], vocab_size: int, weights_folder: Path | None = None
     ) -> None:
+        super().__init__()
         self.client = client
-        """The servers."""
         self._model = served_model(client)
         self.max_context = self._model.max_context
         self.capacity = 2 * client.concurrency  # while some episodes wait for tools, others keep the servers busy
@@ -88,49 +80,14 @@ class HttpEngine(Engine):
         self._version = 0
         self._restoring = threading.RLock()
         self._run = secrets.token_hex(4)  # a server may still hold what an earlier run called weights 1
-        self._tickets: dict[int, object] = {}
-        self._done: SimpleQueue[_Outcome | None] = SimpleQueue()
 
     def submit(self, request: Request) -> None:
         """See ``Engine``."""
         require_samplable(request, self.max_context)
-        if request.episode in self._tickets:
-            raise RuntimeError(f"episode {request.episode} has a turn under way already")
-        ticket = self._tickets[request.episode] = object()
         body = sampling_body(request, self._model.name, self._stop) | {
             "cache_salt": self.served.folder.name if self.served else f"weights-{self._run}-0"
         }
-        self.client.run(lambda: self._done.put(self._sample(ticket, request, body)))
-
-    def step(self) -> list[Completion]:
-        """Waits until a turn ends or ``wake`` is called; returns all turns that ended."""
-        if not self._tickets:
-            return []
-        completions = []
-        outcome = self._done.get()
-        while True:
-            if outcome is not None and self._tickets.get(outcome.episode) is outcome.ticket:
-                del self._tickets[outcome.episode]
-                if isinstance(outcome.result, Exception):
-                    raise outcome.result
-                completions.append(outcome.result)
-            try:
-                outcome = self._done.get_nowait()
-            except Empty:
-                return completions
-
-    @property
-    def busy(self) -> bool:
-        """See ``Engine``."""
-        return bool(self._tickets)
-
-    def wake(self) -> None:
-        """See ``Engine``."""
-        self._done.put(None)
-
-    def release(self, episode: int) -> None:
-        """See ``Engine``; the answer to a turn under way is thrown away when it comes."""
-        self._tickets.pop(episode, None)
+        self._begin(request.episode, lambda: self._sample(request, body), self.client.run)
 
     def update_weights(self, model: Any) -> None:
         """Writes the weights to the folder and makes all servers load them; see ``Engine``.
@@ -202,17 +159,13 @@ class HttpEngine(Engine):
                     f"it see {folder} under this path"
                 ) from error
 
-    def _sample(self, ticket: object, request: Request, body: dict[str, Any]) -> _Outcome:
+    def _sample(self, request: Request, body: dict[str, Any]) -> Completion:
         """Runs in a thread of the client."""
 
         def read(answer: Any) -> Completion:
             return read_completion(answer, request, self._stop, self._vocab_size)
 
-        result: Completion | Exception
         try:
-            result = self.client.post("/v1/completions", body, read, request.episode)
+            return self.client.post("/v1/completions", body, read, request.episode)
         except RequestFailed as error:
-            result = Completion(request.episode, [], [], truncated=True, error=str(error))
-        except Exception as error:  # raised where the caller waits: it must not die with this thread
-            result = error
-        return _Outcome(request.episode, ticket, result)
+            return Completion(request.episode, [], [], truncated=True, error=str(error))

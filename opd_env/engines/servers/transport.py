@@ -10,31 +10,32 @@ or a ``Refusal``, which will not (every other status of 300 or more). The caller
 ``pause_before`` says how long to wait. Redirects are refusals: following one would carry the key to another host.
 An https server is reached through the proxy that the environment names, if any; an http server directly.
 
-It stands on ``http.client`` because one deadline must hold for the whole exchange: in httpx2 that takes the
-asynchronous client behind a thread, and two to five times the CPU (``python benchmarks/http_exchange.py``).
+One deadline holds for the whole exchange. The time-outs of httpx2 are for one read each, so a server that drips would
+hold a thread for ever: exchanges run as tasks of an event loop, which can be cancelled at any moment.
 
 Test it alone: ``pytest tests/engines/servers/test_transport.py``
 """
 
 from __future__ import annotations
 
-import base64
-import http.client
-import io
+import asyncio
+import concurrent.futures
 import json
 import math
+import os
 import random
 import re
-import socket
 import threading
-import time
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from opd_env.errors import UserError
+
+if TYPE_CHECKING:
+    import httpx2
 
 LONGEST_PAUSE = 60.0
 """Seconds between two tries, whatever the server asks for."""
@@ -44,9 +45,9 @@ _LONGEST_ERROR = 10_000
 _BUSY = 429
 _AWAY = (_BUSY, 503)
 _MAY_PASS = (408, 409, 425, *_AWAY)
-
-
 _KEY = re.compile("[!-~]*")
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
+_starting = threading.Lock()
 
 
 class Fault(Exception):
@@ -83,8 +84,9 @@ class Transport:
     api_key: str | None = field(default=None, repr=False)
     longest_answer: int = 256_000_000
     """Bytes; a longer answer is a fault."""
-    _sockets: set[socket.socket] = field(default_factory=set, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _clients: dict[tuple[int, bool], httpx2.AsyncClient] = field(default_factory=dict, repr=False)
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
+    """Exchanges under way. Only the event loop's thread touches them, and the clients."""
     _closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +111,14 @@ class Transport:
             Fault: it may pass. Refusal: it will not.
         """
         data = None if body is None else json.dumps(body).encode()
-        content = self._exchange(urlsplit(url), data, time.monotonic() + timeout_s)
+        exchange = asyncio.run_coroutine_threadsafe(self._exchange(url, data, timeout_s), _loop())
+        try:
+            content = exchange.result()
+        except concurrent.futures.CancelledError as error:
+            raise Fault("the client was closed") from error
+        except KeyboardInterrupt:
+            exchange.cancel()
+            raise
         try:
             return json.loads(content) if content.strip() else None
         except (ValueError, RecursionError) as error:
@@ -126,128 +135,95 @@ class Transport:
 
     def close(self) -> None:
         """Ends every exchange and pause that is under way, and lets none begin."""
-        with self._lock:
-            self._closed.set()
-            for sock in self._sockets:
-                try:
-                    sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
-                except OSError:
-                    continue  # the other side was faster
+        self._closed.set()
+        _loop().call_soon_threadsafe(lambda: [task.cancel() for task in self._tasks])
 
-    def _exchange(self, url: SplitResult, data: bytes | None, deadline: float) -> bytes:
-        connection = _connection(url)
-        sockets: list[socket.socket] = []
+    async def _exchange(self, url: str, data: bytes | None, timeout_s: float) -> bytes:
+        import httpx2  # here, for it takes a tenth of a second
 
-        def connect_in_time(address: tuple[str, int], *_: object) -> socket.socket:
-            sockets.append(self._connect(address, deadline))
-            return sockets[0]
-
-        def read_in_time(sock: Any, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
-            source: Any = _Deadline(sock, deadline)
-            return http.client.HTTPResponse(source, *arguments, **options)
-
-        connection._create_connection = connect_in_time  # type: ignore[attr-defined]
-        connection.response_class = read_in_time  # type: ignore[assignment]
+        if self.closed:
+            raise Fault("the client was closed")
         reached = False
+
+        async def watch(event: str, _: Any) -> None:
+            nonlocal reached
+            reached |= event.endswith("send_request_headers.started")
+
+        task: Any = asyncio.current_task()
+        self._tasks.add(task)
         try:
-            connection.connect()
-            reached = True
-            sockets.append(connection.sock)  # of https another than the one that was connected
-            self._hold(connection.sock)
-            connection.sock.settimeout(max(1e-3, deadline - time.monotonic()))
-            target = f"{url.path}?{url.query}" if url.query else url.path
-            connection.request("GET" if data is None else "POST", target, data, self._headers())
-            with connection.getresponse() as response:
-                content = self._read(response)
-            self._require_open()  # a connection that was cut here can look like an answer that ended
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise Fault(str(error) or type(error).__name__, away=not reached) from error
+            async with (
+                asyncio.timeout(timeout_s),
+                self._client(url).stream(
+                    "GET" if data is None else "POST", url, content=data, headers=self._headers(),
+                    extensions={"trace": watch},
+                ) as response,
+            ):  # fmt: skip
+                content = await self._read(response)
+        except TimeoutError as error:
+            raise Fault("the answer took too long" if reached else "connecting timed out", away=not reached) from error
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            away = not reached or isinstance(error, httpx2.ProxyError)
+            raise Fault(_first_cause(error), away=away) from error
         finally:
-            with self._lock:
-                self._sockets.difference_update(sockets)
-            connection.close()
-        if response.status >= 300:
+            self._tasks.discard(task)
+        if response.status_code >= 300:
             _raise_status(response, content)
         return content
 
-    def _connect(self, address: tuple[str, int], deadline: float) -> socket.socket:
-        """As ``socket.create_connection``, but within one deadline for all addresses, and ``close`` ends it."""
-        places = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-        for after, (*kind, _, place) in zip(reversed(range(len(places))), places, strict=True):
-            sock = socket.socket(*kind)
-            try:
-                self._hold(sock)
-                sock.settimeout(max(1e-3, min(_CONNECT_TIMEOUT, deadline - time.monotonic()) / (after + 1)))
-                sock.connect(place)
-                return sock
-            except BaseException as error:
-                with self._lock:
-                    self._sockets.discard(sock)
-                sock.close()
-                if not after or not isinstance(error, OSError):
-                    raise
-        raise OSError(f"{address[0]} has no address")
+    async def _read(self, response: httpx2.Response) -> bytes:
+        """The whole answer as it was sent; of an error, as much as comes."""
+        import httpx2
 
-    def _hold(self, sock: socket.socket) -> None:
-        """``close`` will cut it."""
-        with self._lock:
-            self._require_open()
-            self._sockets.add(sock)
-
-    def _read(self, response: http.client.HTTPResponse) -> bytes:
-        """The whole answer; of an error, as much as comes."""
-        expected, answer = response.length, bytearray()
+        answer, failed = bytearray(), response.status_code >= 300
         try:
-            while chunk := response.read1(1 << 16):
+            async for chunk in response.aiter_raw():
                 answer += chunk
-                if len(answer) > (self.longest_answer if response.status < 300 else _LONGEST_ERROR):
+                if len(answer) > (_LONGEST_ERROR if failed else self.longest_answer):
                     raise Fault(f"the answer is longer than {self.longest_answer} bytes")
-            if expected is not None and len(answer) < expected:
-                raise Fault(f"the answer broke off after {len(answer)} of {expected} bytes")
-        except (Fault, OSError, http.client.HTTPException):
-            if response.status < 300:
+        except (Fault, httpx2.HTTPError):
+            if not failed:
                 raise
         return bytes(answer)
 
+    def _client(self, url: str) -> httpx2.AsyncClient:
+        """This process's client for http, which nothing of the environment changes, or for https."""
+        import httpx2
+
+        secure = url.startswith("https:")
+        client = self._clients.get((os.getpid(), secure))
+        if client is None:
+            # No connection is kept: a server that restarts would fail the request that takes a stale one.
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+            client = self._clients[os.getpid(), secure] = httpx2.AsyncClient(
+                verify=secure, trust_env=secure, limits=limits, timeout=httpx2.Timeout(None, connect=_CONNECT_TIMEOUT),
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            )  # fmt: skip
+        return client
+
     def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        # Without compression, an answer cannot be longer than what has been counted.
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         return headers | {"Authorization": f"Bearer {self.api_key}"} if self.api_key else headers
 
-    def _require_open(self) -> None:
-        if self.closed:
-            raise Fault("the client was closed")
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """This process's event loop, in a thread that holds no exit; a forked process starts one of its own."""
+    with _starting:
+        loop = _loops.get(os.getpid())
+        if loop is None:
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, daemon=True, name="opd-env-http-loop").start()
+        return loop
 
 
-class _Deadline(io.RawIOBase):
-    """What a response reads from: a socket of which every read ends at the deadline, headers included."""
-
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock, self._raw, self._deadline = sock, sock.makefile("rb", buffering=0), deadline
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """The one method of a socket that a response calls."""
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        """As ``BufferedReader`` wants it."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Reads once.
-
-        Raises:
-            TimeoutError: the deadline has passed.
-        """
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the answer took too long")
-        self._sock.settimeout(left)
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        """Gives the socket free."""
-        self._raw.close()
-        super().close()
+def _first_cause(error: BaseException) -> str:
+    """httpx2 itself says no more than that all attempts failed."""
+    while (
+        cause := error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__
+    ):
+        error = cause
+    return f"{type(error).__name__}: {error}"
 
 
 def pause_before(tries: int, first_pause_s: float, asked_s: float | None = None) -> float:
@@ -263,27 +239,13 @@ def pause_before(tries: int, first_pause_s: float, asked_s: float | None = None)
     return min(_LONGEST_OWN_PAUSE, first_pause_s * 2.0 ** min(tries - 1, 16)) * random.uniform(0.5, 1.0)
 
 
-def _connection(url: SplitResult) -> http.client.HTTPConnection:
-    host = url.hostname or ""
-    if url.scheme == "http":
-        return http.client.HTTPConnection(host, url.port)
-    proxy = urllib.request.getproxies().get("https")
-    if not proxy or urllib.request.proxy_bypass(host):
-        return http.client.HTTPSConnection(host, url.port)
-    way = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
-    connection = http.client.HTTPSConnection(way.hostname or "", way.port)
-    sign_in = base64.b64encode(f"{unquote(way.username or '')}:{unquote(way.password or '')}".encode()).decode()
-    connection.set_tunnel(host, url.port, {"Proxy-Authorization": f"Basic {sign_in}"} if way.username else {})
-    return connection
-
-
-def _raise_status(response: http.client.HTTPResponse, content: bytes) -> None:
+def _raise_status(response: httpx2.Response, content: bytes) -> None:
     """Raises what an error status means."""
-    status = response.status
+    status = response.status_code
     text = " ".join(content[:2000].decode("utf-8", "replace").split())[:500]
-    said = f"HTTP {status}: {text or response.reason}"
+    said = f"HTTP {status}: {text or response.reason_phrase}"
     if status in _MAY_PASS or status >= 500:
-        pause_s = _seconds(response.getheader("Retry-After"))
+        pause_s = _seconds(response.headers.get("Retry-After"))
         raise Fault(said, away=status in _AWAY, busy=status == _BUSY, pause_s=pause_s)
     raise Refusal(said, status)
 
@@ -295,3 +257,38 @@ def _seconds(value: str | None) -> float | None:
     except ValueError:
         return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def is_url(name: str) -> bool:
+    """Whether a setting names servers rather than a model or an engine."""
+    return name.startswith(("http://", "https://"))
+
+
+def checked_url(url: str) -> str:
+    """The address of a server without a slash at its end.
+
+    Raises:
+        ValueError: it is none, or holds a password, a query or a fragment.
+    """
+    url = url.strip().rstrip("/")
+    try:
+        parts = urlsplit(url)
+        whole = bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment)
+        fits = whole and parts.scheme in ("http", "https") and "@" not in parts.netloc
+    except ValueError:  # the port or the brackets of IPv6
+        fits = False
+    if not fits or any(not "!" <= character <= "~" for character in url):
+        raise ValueError(f"{url!r} is no URL of a server; it looks like http://HOST:8000")
+    return url
+
+
+def pool_url(url: str) -> str:
+    """The address of a vLLM server without a path.
+
+    Raises:
+        ValueError: it is none, or has another path than ``/v1``.
+    """
+    url = checked_url(url).removesuffix("/v1")
+    if urlsplit(url).path:
+        raise ValueError(f"{url!r} is no URL of a vLLM server; it looks like http://HOST:8000")
+    return url

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from opd_env.engines.servers.urls import is_url
+from opd_env.engines.servers.transport import is_url
 from opd_env.episode.settings import Precision
 from opd_env.settings.fields import ConfigError, Settings, number
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 import socket
 import threading
 import time
@@ -14,8 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_env.engines.servers.transport import LONGEST_PAUSE, Fault, Refusal, Transport, pause_before
-from opd_env.engines.servers.urls import checked_url
+from opd_env.engines.servers.transport import LONGEST_PAUSE, Fault, Refusal, Transport, checked_url, pause_before
 from opd_env.errors import UserError
 from tests.ports import kept_port
 
@@ -75,11 +75,11 @@ def test_an_answer_is_read_whole_however_its_length_is_told(data: bytes, answer:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "closed connection"),
+        (b"", "Server disconnected"),
         (b"hello\r\n\r\n", "hello"),
-        (OK + b'Content-Length: 9\r\n\r\n{"a": 1}', "broke off after 8 of 9"),
-        (OK + b'Transfer-Encoding: chunked\r\n\r\n8\r\n{"a": 1}\r\n', "IncompleteRead"),
-        (OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
+        (OK + b'Content-Length: 9\r\n\r\n{"a": 1}', "received 8 bytes, expected 9"),
+        (OK + b'Transfer-Encoding: chunked\r\n\r\n8\r\n{"a": 1}\r\n', "incomplete chunked read"),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "illegal chunk header"),
         (b'HTTP/1.0 200 OK\r\n\r\n{"a": ', "not JSON"),
         (OK + b"\r\n" + b"[" * 100_000, "not JSON"),
         (OK + b"\r\n\xff", "not JSON"),
@@ -142,7 +142,7 @@ def test_the_deadline_holds_for_all_addresses_of_a_host_together(monkeypatch: py
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **b: look_up(*a, **b) * 400)
     with deaf_server() as url:
         started = time.monotonic()
-        with pytest.raises(Fault, match="timed out") as caught:
+        with pytest.raises(Fault, match="connecting timed out") as caught:
             Transport().ask(url, timeout_s=0.4)
         assert 0.35 < time.monotonic() - started < 60, "400 addresses, each with its own deadline, take 160 s"
     assert caught.value.away
@@ -211,6 +211,61 @@ def test_an_answer_that_drips_ends_at_its_deadline_wherever_it_drips(start: byte
         assert 0.25 < time.monotonic() - started < 30
 
 
+def test_headers_without_end_are_left() -> None:
+    def write(connection: socket.socket) -> None:
+        connection.sendall(OK)
+        for number in range(100_000):
+            connection.sendall(b"X-%d: %s\r\n" % (number, b"x" * 1000))
+
+    with raw_server(write) as url, pytest.raises(Fault, match="RemoteProtocolError"):
+        Transport().ask(url, timeout_s=30)
+
+
+def test_a_name_that_is_looked_up_too_long_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **b: time.sleep(2))
+    started = time.monotonic()
+    with pytest.raises(Fault, match="connecting timed out") as caught:
+        Transport().ask("http://slow.invalid", timeout_s=0.2)
+    assert caught.value.away
+    assert time.monotonic() - started < 1.5
+
+
+def test_an_exchange_carries_no_cookie_of_the_one_before() -> None:
+    requests: list[str] = []
+    with raw_server(sends(OK + b"Set-Cookie: a=1\r\nContent-Length: 2\r\n\r\n{}"), requests) as url:
+        transport = Transport()
+        for _ in range(2):
+            transport.ask(url, timeout_s=5)
+    assert len(requests) == 2
+    assert "cookie" not in requests[1].lower()
+
+
+def test_ctrl_c_ends_the_exchange_that_it_interrupts() -> None:
+    gone: list[bytes] = []
+    held = threading.Event()
+
+    def hold(connection: socket.socket) -> None:
+        held.set()
+        gone.append(connection.recv(1))  # ends when the client hangs up
+
+    def interrupt() -> None:
+        held.wait(5)
+        signal.raise_signal(signal.SIGINT)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with raw_server(hold) as url:
+            threading.Thread(target=interrupt).start()
+            with pytest.raises(KeyboardInterrupt):
+                Transport().ask(url, timeout_s=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert gone == [b""]
+
+
 def test_an_endless_answer_is_left() -> None:
     with pytest.raises(Fault, match="longer than 1000 bytes"):
         ask(OK + b"\r\n" + b" " * 100_000, longest_answer=1000)
@@ -260,7 +315,7 @@ def test_an_https_server_is_reached_through_the_proxy_of_the_environment(monkeyp
     with raw_server(sends(b"HTTP/1.1 403 No\r\n\r\n"), requests) as url:
         monkeypatch.setenv("https_proxy", url.replace("//", "//me:secret@"))
         monkeypatch.setenv("no_proxy", "direct.invalid")
-        with pytest.raises(Fault, match="Tunnel connection failed: 403") as caught:
+        with pytest.raises(Fault, match="ProxyError: 403") as caught:
             Transport().ask("https://far.invalid/v1", timeout_s=5)
         assert caught.value.away
         assert requests[0].startswith("CONNECT far.invalid:443")
