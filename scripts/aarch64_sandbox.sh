@@ -60,7 +60,7 @@ cat >"$root/attack.py" <<'EOF'
 import dataclasses, os, sys
 sys.path.insert(0, "tests/tools/sandbox")
 import sandbox_harness
-from opd_env.tools.sandbox import Level, kernel_slot, open_sandbox
+from opd_env.tools.sandbox import Level, open_sandbox, slots
 
 left = 0
 for level in ("namespaces", "landlock"):
@@ -71,11 +71,11 @@ for level in ("namespaces", "landlock"):
             name = f"uid {os.getuid()}, {level}, {mode}: {attack.name}"
             if found := harness.run(attack, mode):
                 print(f"{name}: once more after {found}", flush=True)
-                limits, grace_s = attack.limits, kernel_slot.GRACE_S
+                limits, grace_s = attack.limits, slots.GRACE_S
                 slow = dataclasses.replace(limits, wall_s=limits.wall_s * 10, cpu_s=limits.cpu_s * 10)
-                kernel_slot.GRACE_S = 60.0
+                slots.GRACE_S = 60.0
                 found = harness.run(dataclasses.replace(attack, limits=slow), mode)
-                kernel_slot.GRACE_S = grace_s
+                slots.GRACE_S = grace_s
             left += bool(found)
             print(f"{name}: {found or 'held'}", flush=True)
     harness.close()

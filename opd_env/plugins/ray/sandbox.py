@@ -22,7 +22,6 @@ import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +35,7 @@ from opd_env.tools.sandbox import (
     SessionEnded,
     open_sandbox,
 )
-from opd_env.tools.sandbox.base import sandbox_failure
+from opd_env.tools.sandbox.base import Program, sandbox_failure
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
@@ -70,10 +69,9 @@ class RaySandbox(Sandbox):
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
+        super().__init__(limits, _AT_ONE_TIME)
         self._lock = threading.Lock()
         self._places: list[_Place] = []
-        self._threads = ThreadPoolExecutor(_AT_ONE_TIME, "ray-sandbox")
         refusals = self._open_missing()
         if refusals or not self._places:
             self.close()
@@ -92,9 +90,8 @@ class RaySandbox(Sandbox):
             for node in ray.nodes():
                 if node["Alive"] and node["NodeID"] not in known:
                     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                    actor = ray.remote(
-                        num_cpus=0, max_restarts=0, max_concurrency=_AT_ONE_TIME, scheduling_strategy=there
-                    )(_Worker).remote(sys.path)
+                    options = {"max_concurrency": _AT_ONE_TIME, "scheduling_strategy": there}
+                    actor = ray.remote(num_cpus=0, max_restarts=0, **options)(SandboxActor).remote(sys.path)
                     name = f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
                     opening.append((_Place(node["NodeID"], name, actor), actor.open.remote()))
             for place, answer in opening:
@@ -118,37 +115,23 @@ class RaySandbox(Sandbox):
 
     @property
     def nodes(self) -> Mapping[str, Level]:
-        """See ``Sandbox.nodes``."""
         with self._lock:
             return {place.name: place.level for place in self._places}
 
-    def _executor(self) -> Executor:
-        return self._threads
-
-    def run(
-        self,
-        code: str,
-        *,
-        files: Mapping[str, bytes] | None = None,
-        limits: Limits | None = None,
-        seed: int = 0,
-        keep_files: bool = False,
-    ) -> ExecResult:
-        """See :meth:`Sandbox.run`."""
+    def execute(self, program: Program) -> ExecResult:
         for _ in range(_ATTEMPTS):
             place = self.choose()
             if place is None:
                 break
             try:
-                result: ExecResult = self.ask(place, "run", code, files, limits or self._limits, seed, keep_files)
+                result: ExecResult = self.ask(place, "execute", program)
             except PlaceLost:
                 continue
             return result
         return _FAILED
 
-    def session(self, *, limits: Limits | None = None, seed: int = 0) -> Session:
-        """See :meth:`Sandbox.session`."""
-        return _RaySession(self, limits or self._limits, seed)
+    def open_session(self, limits: Limits, seed: int) -> Session:
+        return _RaySession(self, limits, seed)
 
     def choose(self) -> _Place | None:
         """The node with the fewest calls; None if there is none left."""
@@ -182,7 +165,6 @@ class RaySandbox(Sandbox):
                 place.calls -= 1
 
     def close(self) -> None:
-        """See :meth:`Sandbox.close`."""
         import ray
 
         with self._lock:
@@ -209,11 +191,9 @@ class _RaySession(Session):
 
     @property
     def alive(self) -> bool:
-        """See :attr:`Session.alive`."""
         return not self._ended
 
     def run(self, cell: str, *, keep_files: bool = False) -> ExecResult:
-        """See :meth:`Session.run`."""
         with self._lock:
             for _ in range(_ATTEMPTS):
                 place = self._place or self._sandbox.choose()
@@ -230,12 +210,11 @@ class _RaySession(Session):
                     break
                 return result  # type: ignore[no-any-return]
             if self._ended:
-                raise SessionEnded("the session's process is gone, and its variables with it; open a new one")
+                raise SessionEnded
             self._ended = True
             return _FAILED
 
     def close(self) -> None:
-        """See :meth:`Session.close`."""
         import ray
 
         with self._lock:
@@ -245,8 +224,8 @@ class _RaySession(Session):
             place.actor.end.remote(self._ask_for[0])
 
 
-class _Worker:
-    """The actor: a sandbox on its node, and the sessions in it."""
+class SandboxActor:
+    """On each node: a sandbox, and the sessions in it."""
 
     def __init__(self, path: Sequence[str]) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
@@ -254,18 +233,15 @@ class _Worker:
         self._sessions: dict[str, Session] = {}
 
     def open(self) -> Level | SandboxUnavailable:
-        """Opens the sandbox; its level, or why there is none."""
+        """The level of the sandbox that was opened, or why there is none."""
         try:
             self._sandbox = open_sandbox()
         except SandboxUnavailable as error:
             return error
         return self._sandbox.level
 
-    def run(
-        self, code: str, files: Mapping[str, bytes] | None, limits: Limits, seed: int, keep_files: bool
-    ) -> ExecResult:
-        """Runs a program."""
-        return self._opened.run(code, files=files, limits=limits, seed=seed, keep_files=keep_files)
+    def execute(self, program: Program) -> ExecResult:
+        return self._opened.execute(program)
 
     def run_cell(
         self, key: str, limits: Limits, seed: int, cell: str, keep_files: bool
@@ -281,7 +257,6 @@ class _Worker:
         return result, not session.alive
 
     def end(self, key: str) -> None:
-        """Closes a session."""
         if (session := self._sessions.pop(key, None)) is not None:
             session.close()
 

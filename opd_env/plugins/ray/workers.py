@@ -83,7 +83,7 @@ class RayRunner:
         self._calls: list[Mapping[str, Any]] = []
 
     def call(self, arguments: Mapping[str, Any]) -> Output:
-        """See ``Runner.call``; where no actor can work it is a ToolError of kind ``sandbox``."""
+        """Where no actor can work it is a ToolError of kind ``sandbox``."""
         import ray
 
         repeatable = self._tool.deterministic or not (self._tool.injected or self._tool.mutates_state)
@@ -114,7 +114,6 @@ class RayRunner:
         raise ToolError(ToolErrorKind.SANDBOX, f"{_ATTEMPTS} workers of the tool died")
 
     def end_episode(self) -> None:
-        """See ``Runner.end_episode``."""
         import ray
 
         actor, self._actor, self._calls = self._actor, None, []
@@ -127,8 +126,8 @@ class RayRunner:
         _give_back(self._tool, actor)
 
 
-class _Worker:
-    """The actor: the runner of a tool on some node."""
+class ToolActor:
+    """The runner of a tool on some node."""
 
     def __init__(self, tool: bytes, secrets: Mapping[str, str], path: Sequence[str]) -> None:
         os.environ.update(secrets)
@@ -136,7 +135,7 @@ class _Worker:
         self._runner = ProcessRunner(pickle.loads(tool))
 
     def call(self, arguments: Mapping[str, Any]) -> Output | ToolError | None:
-        """What came of the call; None when its time was up."""
+        """What the call gave; None when its time was up."""
         try:
             return self._runner.call(arguments)
         except TimeoutError:
@@ -145,7 +144,6 @@ class _Worker:
             return error
 
     def end_episode(self) -> None:
-        """Closes the state."""
         self._runner.end_episode()
 
 
@@ -166,7 +164,7 @@ def _take(tool: Tool) -> Any:
     nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
     # Ray's own strategy spreads by CPUs taken, of which these take none.
     place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(nodes[next(_turn) % len(nodes)], soft=True)
-    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=place)(_Worker)
+    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=place)(ToolActor)
     return actor.remote(copy_of(tool), secret_values(tool.secrets, f"tool {tool.name!r}"), sys.path)
 
 

@@ -35,7 +35,8 @@ from opd_env.tools.sandbox import (
     Status,
     open_sandbox,
 )
-from opd_env.tools.sandbox.output import check_files, shorten
+from opd_env.tools.sandbox.base import check_files
+from opd_env.tools.sandbox.read_back import shorten
 
 MAX_OUTPUT_CHARS = 4000
 """Characters of output that the model is shown; the middle of a longer text is cut out."""
@@ -105,9 +106,10 @@ def python_tool(
             result = _opened(get_sandbox).run(code, files=files, keep_files=on_files is not None)
         return _answer(result, _hand_over(result, {}, on_files))
 
-    if not check_files(files):
+    if not files:
         return python
-    return replace(python, description=f"{python.description} Files in its folder: {', '.join(sorted(files or ()))}.")
+    check_files(files)
+    return replace(python, description=f"{python.description} Files in its folder: {', '.join(sorted(files))}.")
 
 
 class Repl:

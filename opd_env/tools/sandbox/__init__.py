@@ -20,14 +20,13 @@ from opd_env.tools.sandbox.base import (
     SessionEnded,
     Status,
 )
-from opd_env.tools.sandbox.opening import SandboxKind, open_sandbox
+from opd_env.tools.sandbox.opening import open_sandbox
 
 __all__ = [
     "ExecResult",
     "Level",
     "Limits",
     "Sandbox",
-    "SandboxKind",
     "SandboxUnavailable",
     "Session",
     "SessionEnded",

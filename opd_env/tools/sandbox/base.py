@@ -20,18 +20,17 @@ import asyncio
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
 from opd_env.errors import UserError
+from opd_env.tools.sandbox.guest.protocol import FILE_BYTES, FOLDER_BYTES
 
 NOBODY = 65534
 """The user that the code runs as, if the trainer is root."""
-MAX_SESSIONS = 1024
-"""Sessions that a sandbox keeps open at the same time, unless it is told otherwise."""
 
 
 class Status(StrEnum):
@@ -100,9 +99,56 @@ class Limits:
                 raise ValueError(f"Limits.{limit.name}={value!r}: every limit must be greater than 0")
 
 
+def check_files(files: Mapping[str, bytes]) -> None:
+    """Raises ValueError if a name is not a plain file name, or the files need more room than the folder has."""
+    total = 0
+    for name, content in files.items():
+        total += len(content)
+        if len(content) > FILE_BYTES or total > FOLDER_BYTES // 2:
+            raise ValueError(
+                f"files[{name!r}] has {len(content)} bytes, and with those before it {total}; "
+                f"at most {FILE_BYTES} each and {FOLDER_BYTES // 2} together are accepted"
+            )
+        if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > 255:
+            raise ValueError(f"files[{name!r}]: expected a plain file name without a folder")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One call, or one cell of a session, with all that belongs to it. Checked when it is made.
+
+    Raises:
+        ValueError: the code is longer than ``limits.code_bytes``, or see :func:`check_files`.
+    """
+
+    code: str
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Put into the working folder first: content by plain name."""
+    limits: Limits = field(default_factory=Limits)
+    seed: int = 0
+    """For ``random``, and numpy where it is loaded."""
+    keep_files: bool = False
+    """Give back the files that lie in the working folder afterwards."""
+
+    def __post_init__(self) -> None:
+        if (size := len(self.source)) > self.limits.code_bytes:
+            raise ValueError(f"the code has {size} bytes; at most {self.limits.code_bytes} are accepted")
+        check_files(self.files)
+
+    @property
+    def source(self) -> bytes:
+        """The code's bytes. Lone surrogates are kept: the interpreter is to complain about them, not we."""
+        return self.code.encode("utf-8", "surrogatepass")
+
+    def check_folder(self, level: Level) -> None:
+        """Raises ValueError if this has to do with files, and the level has no folder for them."""
+        if level is Level.LANDLOCK and (self.files or self.keep_files):
+            raise ValueError("level landlock has no folder for files to lie in; they need level namespaces")
+
+
 @dataclass(frozen=True)
 class ExecResult:
-    """What came of one call."""
+    """How a call ended, and what it left."""
 
     status: Status
     output: str
@@ -169,8 +215,29 @@ class OutOfDescriptors(SetUpFailed):
 class SessionEnded(RuntimeError):
     """The session's process is gone, and its variables with it. Open a new one."""
 
+    def __init__(
+        self, message: str = "the session's process is gone, and its variables with it; open a new one"
+    ) -> None:
+        super().__init__(message)
 
-class Session(ABC):
+
+class _Closed(ABC):
+    """What is closed at the end of a ``with`` block."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Kills everything that was started. Safe to call twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Session(_Closed):
     """One interpreter that lives for an episode: variables, imports and files stay from cell to cell.
 
     The value of a cell's last expression is printed, as a REPL does. Where a cell ends with another
@@ -198,21 +265,20 @@ class Session(ABC):
             ValueError: with ``keep_files``, if this level has no writable folder.
         """
 
-    @abstractmethod
-    def close(self) -> None:
-        """Kills the process. Safe to call twice."""
 
-    def __enter__(self) -> Self:
-        return self
+class Sandbox(_Closed):
+    """Runs Python code that nobody has read. Safe to share between threads and tasks.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    A kind of sandbox implements :meth:`execute`, :meth:`open_session` and ``level``.
 
+    Args:
+        limits: of a call, where it brings none.
+        threads: calls of :meth:`arun` at the same time.
+    """
 
-class Sandbox(ABC):
-    """Runs Python code that nobody has read. Safe to share between threads and tasks."""
+    def __init__(self, limits: Limits | None, threads: int) -> None:
+        self._limits = limits or Limits()
+        self._threads = ThreadPoolExecutor(threads, "sandbox")
 
     @property
     @abstractmethod
@@ -224,7 +290,6 @@ class Sandbox(ABC):
         """The level on each node of a cluster; empty where all code runs on this machine."""
         return {}
 
-    @abstractmethod
     def run(
         self,
         code: str,
@@ -247,6 +312,7 @@ class Sandbox(ABC):
             ValueError: if ``files`` has a name with a folder in it or is too big, or this level has no writable folder.
             RuntimeError: if the sandbox is closed, or too many calls wait already.
         """
+        return self.execute(Program(code, files or {}, limits or self._limits, seed, keep_files))
 
     async def arun(
         self,
@@ -258,30 +324,21 @@ class Sandbox(ABC):
         keep_files: bool = False,
     ) -> ExecResult:
         """:meth:`run` for asyncio: waits without holding the event loop."""
-        loop = asyncio.get_running_loop()
         call = functools.partial(self.run, code, files=files, limits=limits, seed=seed, keep_files=keep_files)
-        return await loop.run_in_executor(self._executor(), call)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-    @abstractmethod
-    def _executor(self) -> Executor:
-        """The threads that :meth:`arun` runs on."""
-
-    @abstractmethod
     def session(self, *, limits: Limits | None = None, seed: int = 0) -> Session:
         """Starts an interpreter that keeps its state from cell to cell. Close it, or use ``with``.
 
         Raises:
             RuntimeError: if the sandbox is closed, or as many sessions as may be are open already.
         """
+        return self.open_session(limits or self._limits, seed)
 
     @abstractmethod
-    def close(self) -> None:
-        """Kills everything that was started. Safe to call twice."""
+    def execute(self, program: Program) -> ExecResult:
+        """:meth:`run`, with everything in one record."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @abstractmethod
+    def open_session(self, limits: Limits, seed: int) -> Session:
+        """:meth:`session`, with nothing left open."""

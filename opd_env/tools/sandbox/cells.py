@@ -1,4 +1,4 @@
-"""One cell of a session, seen from outside: sent, timed, and its answer read without trusting it.
+"""A session on this machine, seen from outside: its cells are counted, sent, timed, and answers read without trust.
 
 Test it alone: ``pytest tests/tools/sandbox/test_sandbox_sessions.py``
 """
@@ -9,16 +9,72 @@ import contextlib
 import os
 import select
 import socket
+import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 
-from opd_env.tools.sandbox.base import Status
+from opd_env.tools.sandbox.base import ExecResult, Level, Limits, Program, Session, SessionEnded, Status
 from opd_env.tools.sandbox.guest.runner import CELL_ERROR, CELL_EXIT, CELL_HEADER, CELL_REPLY
-from opd_env.tools.sandbox.output import OutputReader
+from opd_env.tools.sandbox.read_back import OutputReader
 
 _LOOK_EVERY_S = 0.1
 _STAY_AWAKE_S = 0.0003
 """To fall asleep and be woken by the answer, maybe on another CPU, takes longer than most cells run."""
+
+
+class LocalSession(Session):
+    """What sessions on this machine share: a number of cells, a time to live, and one end.
+
+    Args:
+        level: of the sandbox.
+        limits: of each cell, and of the session.
+        turn: entered for each cell.
+    """
+
+    def __init__(
+        self, level: Level, limits: Limits, turn: contextlib.AbstractContextManager[object] | None = None
+    ) -> None:
+        self._level = level
+        self._limits = limits
+        self._turn = turn or contextlib.nullcontext()
+        self._ends_at = time.monotonic() + limits.session_s
+        self._cells = 0
+        self._lock = threading.Lock()
+        self.closed = False
+        """Nothing of it is left."""
+
+    @property
+    def alive(self) -> bool:
+        return not self.closed and self._cells < self._limits.session_cells and time.monotonic() < self._ends_at
+
+    def run(self, cell: str, *, keep_files: bool = False) -> ExecResult:
+        program = Program(cell, limits=self._limits, keep_files=keep_files)
+        program.check_folder(self._level)
+        with self._lock, self._turn:
+            if not self.alive:
+                self._end()
+                raise SessionEnded
+            self._cells += 1
+            goes_on = False
+            try:
+                result, goes_on = self._run_cell(self._cells, program)
+            finally:
+                if not goes_on:
+                    self._end()
+            return result
+
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+
+    @abstractmethod
+    def _run_cell(self, number: int, program: Program) -> tuple[ExecResult, bool]:
+        """Runs a cell; also says whether the session can go on."""
+
+    def _end(self) -> None:
+        """Kills the process. Called with the lock held, maybe more than once."""
+        self.closed = True
 
 
 class CellChannel:
@@ -39,8 +95,7 @@ class CellChannel:
     def run(
         self,
         number: int,
-        source: bytes,
-        wall_s: float,
+        program: Program,
         look: Callable[[], Status | None],
         wake: Callable[[], object] = lambda: None,
     ) -> Status:
@@ -48,14 +103,14 @@ class CellChannel:
 
         Args:
             number: of the cell, counted from 1: an answer to another one is not believed.
-            source: the code.
-            wall_s: seconds until it times out.
+            program: the cell.
             look: called now and then: a status if the process must not go on.
             wake: called when the cell is on its way: a process that is woken after that is not woken twice.
         """
-        if self._unasked():
+        if select.select([self._channel], [], [], 0)[0]:  # it said what nobody asked for, or has closed its end
             return Status.KILLED
-        deadline = time.monotonic() + wall_s
+        deadline = time.monotonic() + program.limits.wall_s
+        source = program.source
         message = self._send(memoryview(CELL_HEADER.pack(len(source)) + source))
         wake()
         reply = b"" if message else self._receive_soon(CELL_REPLY.size)
@@ -94,10 +149,6 @@ class CellChannel:
             return Status.OUTPUT_LIMIT
         self.exited = outcome == CELL_EXIT
         return Status.ERROR if outcome == CELL_ERROR else Status.OK
-
-    def _unasked(self) -> bool:
-        """Whether the process has said something that nobody asked for, or has closed its end."""
-        return bool(select.select([self._channel], [], [], 0)[0])
 
     def _send(self, message: memoryview) -> memoryview:
         """Sends as much as there is room for; what is left."""

@@ -13,10 +13,9 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from enum import StrEnum
 
 from opd_env.errors import did_you_mean
-from opd_env.tools.sandbox.base import MAX_SESSIONS, NOBODY, Level, Limits, Sandbox, SandboxUnavailable, SetUpFailed
+from opd_env.tools.sandbox.base import NOBODY, Level, Limits, Sandbox, SandboxUnavailable, SetUpFailed
 from opd_env.tools.sandbox.guest.syscall_table import AUDIT_ARCH
 from opd_env.tools.sandbox.selftest import self_test
 from opd_env.tools.sandbox.unsafe import UnsafeSubprocess
@@ -34,29 +33,19 @@ _FIXES = {
 }
 
 
-class SandboxKind(StrEnum):
-    """What :func:`open_sandbox` can be asked for."""
-
-    AUTO = "auto"
-    """``namespaces``, then ``landlock``, then a refusal: never silently weaker."""
-    NAMESPACES = "namespaces"
-    LANDLOCK = "landlock"
-    UNSAFE_SUBPROCESS = "unsafe_subprocess"
-    """No sandbox: for code that you trust."""
-
-
 def open_sandbox(
     kind: str = "auto",
     *,
     min_level: str = "landlock",
     limits: Limits | None = None,
     slots: int | None = None,
-    max_sessions: int = MAX_SESSIONS,
+    max_sessions: int = 1024,
 ) -> Sandbox:
     """Opens a sandbox. Close it, or use ``with``.
 
     Args:
-        kind: see :class:`SandboxKind`.
+        kind: ``auto`` (``namespaces``, then ``landlock``, then a refusal: never silently weaker), one of these two, or
+            ``unsafe_subprocess``: no sandbox, for code that you trust.
         min_level: for ``auto``, the weakest level that is accepted: ``namespaces`` or ``landlock``.
         limits: default limits of a call.
         slots: calls that run at the same time; by default one per CPU.
@@ -67,9 +56,9 @@ def open_sandbox(
         SandboxUnavailable: where that kind does not work, with the reason and what to do.
         ValueError: for an unknown name.
     """
-    choice = _choose("kind", kind, [str(kind) for kind in SandboxKind])
+    choice = _choose("kind", kind, ["auto", "namespaces", "landlock", "unsafe_subprocess"])
     least = _choose("min_level", min_level, [str(Level.NAMESPACES), str(Level.LANDLOCK)])
-    if choice == SandboxKind.UNSAFE_SUBPROCESS:
+    if choice == "unsafe_subprocess":
         return UnsafeSubprocess(limits)
     if sys.platform != "linux":
         raise SandboxUnavailable(
@@ -81,7 +70,7 @@ def open_sandbox(
             f"The kernel sandbox has no table of system calls for {platform.machine()}.",
             f"Train on one of {', '.join(AUDIT_ARCH)}. {_OPT_IN}",
         )
-    if choice == SandboxKind.AUTO:
+    if choice == "auto":
         levels = [Level.NAMESPACES] if least == Level.NAMESPACES else [Level.NAMESPACES, Level.LANDLOCK]
     else:
         levels = [Level(choice)]
@@ -103,7 +92,7 @@ def open_sandbox(
 def _open_level(level: Level, limits: Limits | None, slots: int | None, max_sessions: int) -> Sandbox:
     """Opens one level and attacks it; it is not handed out if anything gets through."""
     # Imported only here: it needs calls of the kernel that other systems do not have.
-    from opd_env.tools.sandbox.kernel_sandbox import KernelSandbox
+    from opd_env.tools.sandbox.kernel import KernelSandbox
 
     sandbox = KernelSandbox(level, limits, slots, max_sessions)
     try:

@@ -1,4 +1,5 @@
-"""Zygotes and their slots: started when they are needed, kept while they are sound, replaced when not.
+"""Who runs where, and when: slots are made when they are needed, kept while they are sound, replaced when not;
+callers pass a turnstile that lets a few in at a time.
 
 Test it alone: ``pytest tests/tools/sandbox/test_sandbox_supervisor.py``
 """
@@ -7,11 +8,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
+from types import TracebackType
 
 from opd_env.tools.sandbox.base import Level, OutOfDescriptors, SetUpFailed
-from opd_env.tools.sandbox.kernel_slot import Slot
-from opd_env.tools.sandbox.modules import Tier, installed_packages
-from opd_env.tools.sandbox.supervisor import Zygote
+from opd_env.tools.sandbox.interpreter import Tier
+from opd_env.tools.sandbox.slots import Slot, Zygote
 
 _CALLS_PER_SLOT = 1000
 _MAX_IDLE = 64
@@ -73,8 +75,7 @@ class SlotPool:
     def _zygote(self, tier: Tier) -> Zygote:
         with self._starting[tier]:
             if tier not in self._zygotes:
-                packages = installed_packages()
-                started = Zygote(self.level.value, packages.preloaded(tier), packages.folders, packages.libraries)
+                started = Zygote(self.level, tier)
                 with self._lock:
                     self._zygotes[tier] = started
                     if self._closed:
@@ -106,3 +107,52 @@ class SlotPool:
             slot.close()
         for zygote in zygotes:
             zygote.close()
+
+
+class Turnstile:
+    """A fair semaphore with a bounded queue: ``with turnstile: …`` waits for a place, in order of arrival.
+
+    Args:
+        places: callers inside at the same time.
+        queue: callers that may wait; more are refused.
+    """
+
+    def __init__(self, places: int, queue: int) -> None:
+        self._free = places
+        self._queue = queue
+        self._waiting: deque[threading.Lock] = deque()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._free and not self._waiting:
+                self._free -= 1
+                return
+            if len(self._waiting) >= self._queue:
+                raise RuntimeError(
+                    f"{self._queue} calls wait for the sandbox already; start fewer at once or open more slots"
+                )
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        try:
+            turn.acquire()
+        except BaseException:  # KeyboardInterrupt: leave the queue, or pass on the place that was just given
+            with self._lock:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                else:
+                    self._leave()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._waiting:
+            self._waiting.popleft().release()
+        else:
+            self._free += 1

@@ -12,14 +12,20 @@ Test it alone: ``pytest tests/tools/sandbox/test_sandbox_opening.py``
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import secrets
+import select
+import socket
 import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
 
 from opd_env.tools.sandbox.base import ExecResult, Limits, Sandbox, Status
-from opd_env.tools.sandbox.canaries import Canaries
 from opd_env.tools.sandbox.guest.syscall_table import AUDIT_ARCH
-from opd_env.tools.sandbox.modules import installed_packages
+from opd_env.tools.sandbox.interpreter import installed_packages
 
 _PRELUDE = """
 import ctypes, os, resource, signal, socket, sys
@@ -141,8 +147,66 @@ refused('limits', lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 
 """,
 }
 
-_SHORT = Limits(wall_s=0.5)
-_LITTLE = Limits(output_bytes=1000)
+
+class Canaries(contextlib.ExitStack):
+    """What hostile code would like to touch: a folder open to all, with a secret in it, and four sockets that listen.
+
+    Args:
+        user: whom one of the files is given to, if this process is root: the user that the code runs as.
+    """
+
+    def __init__(self, user: int) -> None:
+        super().__init__()
+        self.token = secrets.token_hex(8)
+        """What must never be seen."""
+        self.folder = self.enter_context(tempfile.TemporaryDirectory(prefix="opd-env-canary-"))
+        self.secret = f"{self.folder}/secret.txt"
+        self.own = f"{self.folder}/own.txt"
+        """Belongs to the user that the code runs as."""
+        self.writable = f"{self.folder}/writable"
+        os.chmod(self.folder, 0o777)
+        Path(self.secret).write_text(f"CANARY-{self.token}")
+        os.chmod(self.secret, 0o644)
+        Path(self.own).write_text("untouched")
+        os.chmod(self.own, 0o666)
+        if os.geteuid() == 0:
+            os.chown(self.own, user, user)
+        os.mkdir(self.writable)
+        os.chmod(self.writable, 0o777)
+        self._files_before = self._files()
+
+        self.abstract = f"opd-env-canary-{self.token}"
+        self._sockets: dict[socket.socket, str] = {}
+        local = "127.0.0.1", 0
+        self.tcp_port = int(self._listen("TCP port", socket.AF_INET, socket.SOCK_STREAM, local)[1])
+        self.udp_port = int(self._listen("UDP port", socket.AF_INET, socket.SOCK_DGRAM, local)[1])
+        self._listen("abstract stream socket", socket.AF_UNIX, socket.SOCK_STREAM, f"\0{self.abstract}")
+        self._listen("abstract datagram socket", socket.AF_UNIX, socket.SOCK_DGRAM, f"\0{self.abstract}-dgram")
+
+    def _listen(self, name: str, family: int, kind: int, address: Any) -> Any:
+        sock = self.enter_context(socket.socket(family, kind))
+        sock.bind(address)
+        if kind == socket.SOCK_STREAM:
+            sock.listen()
+        self._sockets[sock] = name
+        return sock.getsockname()
+
+    def touched(self) -> list[str]:
+        """What was reached, in words; empty if nothing was."""
+        found = []
+        if (files := self._files()) != self._files_before:
+            found.append(f"files: {files} instead of {self._files_before}")
+        return found + [self._sockets[sock] for sock in select.select(list(self._sockets), [], [], 0)[0]]
+
+    def _files(self) -> dict[str, tuple[int, ...]]:
+        """Mode, owner, links, size and times of all files."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in [self.folder, *sorted(str(path) for path in Path(self.folder).rglob("*"))]:
+            info = os.lstat(path)
+            found[path] = (
+                info.st_mode, info.st_uid, info.st_gid, info.st_nlink, info.st_size, info.st_mtime_ns, info.st_ino,
+            )  # fmt: skip
+        return found
 
 
 def self_test(sandbox: Sandbox, user: int) -> list[str]:
@@ -170,9 +234,9 @@ def self_test(sandbox: Sandbox, user: int) -> list[str]:
         for name, code in _ATTACKS.items():
             result = sandbox.run(f"{prelude}{code}\nprint('held')")
             check(name, result.status is Status.OK and result.output == "held\n", result)
-        result = sandbox.run("while True: pass", limits=_SHORT)
+        result = sandbox.run("while True: pass", limits=Limits(wall_s=0.5))
         check("time limit", result.status is Status.TIMEOUT, result)
-        result = sandbox.run("while True: print('x' * 100)", limits=_LITTLE)
+        result = sandbox.run("while True: print('x' * 100)", limits=Limits(output_bytes=1000))
         check("output limit", result.status is Status.OUTPUT_LIMIT and len(result.output) <= 1000, result)
         result = sandbox.run("print(6 * 7)")
         check("a plain program", result.status is Status.OK and result.output == "42\n", result)

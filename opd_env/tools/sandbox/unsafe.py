@@ -23,17 +23,13 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
-from opd_env.tools.sandbox.base import ExecResult, Level, Limits, Sandbox, Session, SessionEnded, Status
-from opd_env.tools.sandbox.boot import guest_command, guest_environment
-from opd_env.tools.sandbox.cells import CellChannel
-from opd_env.tools.sandbox.output import OutputReader, check_code, check_files
-from opd_env.tools.sandbox.written_files import NOTHING, WrittenFiles, read_folder
+from opd_env.tools.sandbox.base import ExecResult, Level, Limits, Program, Sandbox, Session, Status
+from opd_env.tools.sandbox.cells import CellChannel, LocalSession
+from opd_env.tools.sandbox.interpreter import guest_command, guest_environment
+from opd_env.tools.sandbox.read_back import NOTHING, OutputReader, WrittenFiles, read_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -46,40 +42,24 @@ class UnsafeSubprocess(Sandbox):
             "unsafe_subprocess: code runs WITHOUT a sandbox, with the rights of this user. "
             "Use it for code that you trust, never for what a model wrote."
         )
-        self._limits = limits or Limits()
-        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "unsafe-subprocess")
+        super().__init__(limits, os.cpu_count() or 1)
         self._closed = False
 
     @property
     def level(self) -> Level:
-        """Always ``none``."""
         return Level.NONE
 
-    def _executor(self) -> Executor:
-        return self._threads
-
-    def run(
-        self,
-        code: str,
-        *,
-        files: Mapping[str, bytes] | None = None,
-        limits: Limits | None = None,
-        seed: int = 0,
-        keep_files: bool = False,
-    ) -> ExecResult:
-        """See :meth:`Sandbox.run`."""
-        limits = limits or self._limits
-        source = check_code(code, limits)
-        if self._closed:
-            raise RuntimeError("this sandbox is closed; open another one")
+    def execute(self, program: Program) -> ExecResult:
+        self._check_open()
+        limits = program.limits
         with contextlib.ExitStack() as stack:
             folder, descriptor = _working_folder(stack)
-            for name, content in check_files(files).items():
+            for name, content in program.files.items():
                 (folder / name).write_bytes(content)
-            program = stack.enter_context(tempfile.TemporaryFile())
-            program.write(source)
-            program.seek(0)
-            process = _Process("program", program.fileno(), folder, seed, limits)
+            source = stack.enter_context(tempfile.TemporaryFile())
+            source.write(program.source)
+            source.seek(0)
+            process = _Subprocess("program", source.fileno(), folder, program.seed, limits)
             stack.callback(process.output.close)
             stack.callback(process.kill)
             start = time.monotonic()
@@ -91,14 +71,16 @@ class UnsafeSubprocess(Sandbox):
             ended = process.poll() is not None
             process.kill()
             process.output.drain()
-            written = read_folder(descriptor, check_files(files), limits) if keep_files else NOTHING
+            written = read_folder(descriptor, program.files, limits) if program.keep_files else NOTHING
             return process.result(ended, wall_s, written)
 
-    def session(self, *, limits: Limits | None = None, seed: int = 0) -> Session:
-        """See :meth:`Sandbox.session`."""
+    def open_session(self, limits: Limits, seed: int) -> Session:
+        self._check_open()
+        return _UnsafeSession(limits, seed)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this sandbox is closed; open another one")
-        return _UnsafeSession(limits or self._limits, seed)
 
     def close(self) -> None:
         """Ends the threads of :meth:`arun`; every call has killed its own process already."""
@@ -106,7 +88,7 @@ class UnsafeSubprocess(Sandbox):
         self._threads.shutdown()
 
 
-class _Process:
+class _Subprocess:
     """One interpreter with its output pipe."""
 
     def __init__(self, kind: str, descriptor: int, folder: Path, seed: int, limits: Limits) -> None:
@@ -161,57 +143,40 @@ class _Process:
         else:
             status = Status.OK if exit_code == 0 else Status.ERROR
         text, full = self.output.take()
-        return ExecResult(
-            status, text, exit_code, full, cpu_s * 1000, wall_s * 1000, rss, written.files, written.omitted
-        )
+        return ExecResult(status, text, exit_code, full, cpu_s * 1000, wall_s * 1000, rss, *written)
 
 
-class _UnsafeSession(Session):
+class _UnsafeSession(LocalSession):
     def __init__(self, limits: Limits, seed: int) -> None:
-        self._limits = limits
+        super().__init__(Level.NONE, limits)
         self._stack = contextlib.ExitStack()
         folder, self._folder = _working_folder(self._stack)
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = _Process("session", theirs.fileno(), folder, seed, limits)
-        self._cell_channel = CellChannel(ours, self._process.output)
-        self._stack.callback(self._cell_channel.close)
+            self._process = _Subprocess("session", theirs.fileno(), folder, seed, limits)
+        self._channel = CellChannel(ours, self._process.output)
+        self._stack.callback(self._channel.close)
         self._stack.callback(self._process.kill)
-        self._ends_at = time.monotonic() + limits.session_s
-        self._cells = 0
-        self._alive = True
-        self._lock = threading.Lock()
 
-    @property
-    def alive(self) -> bool:
-        return self._alive and self._cells < self._limits.session_cells and time.monotonic() < self._ends_at
-
-    def run(self, cell: str, *, keep_files: bool = False) -> ExecResult:
-        source = check_code(cell, self._limits)
-        with self._lock:
-            if not self.alive:
-                raise SessionEnded("the session's process is gone, and its variables with it; open a new one")
-            self._cells += 1
-            start = time.monotonic()
-            status = self._cell_channel.run(self._cells, source, self._limits.wall_s, self._look)
-            if status not in (Status.OK, Status.ERROR) or self._cell_channel.exited:
-                self._alive = False
-                self._process.kill()
-            wall_ms = (time.monotonic() - start) * 1000
-            self._process.output.drain()
-            text, full = self._process.output.take()
-            written = read_folder(self._folder, {}, self._limits) if keep_files else NOTHING
-            return ExecResult(
-                status, text, self._process.exit_code, full, 0.0, wall_ms, 0, written.files, written.omitted
-            )
+    def _run_cell(self, number: int, program: Program) -> tuple[ExecResult, bool]:
+        start = time.monotonic()
+        status = self._channel.run(number, program, self._look)
+        goes_on = status in (Status.OK, Status.ERROR) and not self._channel.exited
+        if not goes_on:
+            self._process.kill()
+        wall_ms = (time.monotonic() - start) * 1000
+        self._process.output.drain()
+        text, full = self._process.output.take()
+        written = read_folder(self._folder, {}, program.limits) if program.keep_files else NOTHING
+        return ExecResult(status, text, self._process.exit_code, full, 0.0, wall_ms, 0, *written), goes_on
 
     def _look(self) -> Status | None:
         if self._process.poll() is None:
             return None
         return Status.CPU_LIMIT if self._process.exit_code == -signal.SIGXCPU else Status.KILLED
 
-    def close(self) -> None:
-        self._alive = False
+    def _end(self) -> None:
+        super()._end()
         self._stack.close()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from opd_env.plugins.ray.workers import connect_ray
+from opd_env.plugins.ray import connect_ray
 from opd_env.tools.builtin.python import run_programs_by
 from opd_env.tools.run.thread import run_processes_by
 

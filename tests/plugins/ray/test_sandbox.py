@@ -106,7 +106,7 @@ def workers() -> list[int]:
             text = command.read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if text.startswith(b"ray::_Worker"):
+        if text.startswith(b"ray::SandboxActor"):
             found.append(int(command.parent.name))
     return found
 
@@ -167,11 +167,11 @@ def test_a_session_whose_worker_dies_tells_that_its_state_is_gone_and_goes_on(cl
 
 
 def test_a_node_that_refuses_is_named_before_the_first_call(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refusing(ray_sandbox._Worker):
+    class Refusing(ray_sandbox.SandboxActor):
         def open(self) -> Any:
             return SandboxUnavailable("No kernel sandbox works here.", "Allow user namespaces.")
 
-    monkeypatch.setattr(ray_sandbox, "_Worker", Refusing)
+    monkeypatch.setattr(ray_sandbox, "SandboxActor", Refusing)
     with pytest.raises(
         SandboxUnavailable, match=r"Ray node [\d.]+ \(\w{8}\): No kernel sandbox.* Allow user namespaces"
     ):

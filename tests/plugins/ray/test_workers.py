@@ -147,7 +147,7 @@ def test_a_node_that_dies_amid_a_rollout_loses_no_episode(cluster: Any) -> None:
 
 
 def test_an_address_without_a_cluster_is_refused() -> None:
-    from opd_env.plugins.ray.workers import RayUnavailable, connect_ray
+    from opd_env.plugins.ray import RayUnavailable, connect_ray
 
     with pytest.raises(RayUnavailable, match="ray start --head"):
         connect_ray("127.0.0.1:1")

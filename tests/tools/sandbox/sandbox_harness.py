@@ -26,9 +26,9 @@ from sandbox_attacks_from_source import ATTACKS_FROM_SOURCE
 
 from opd_env.tools.sandbox import ExecResult, Level, Limits, Status
 from opd_env.tools.sandbox.base import NOBODY
-from opd_env.tools.sandbox.canaries import Canaries
 from opd_env.tools.sandbox.guest.syscall_table import AUDIT_ARCH
-from opd_env.tools.sandbox.kernel_sandbox import KernelSandbox
+from opd_env.tools.sandbox.kernel import KernelSandbox
+from opd_env.tools.sandbox.selftest import Canaries
 
 ALL_ATTACKS = [*ATTACKS, *ATTACKS_FROM_SOURCE]
 MODES = ("one-shot", "session")

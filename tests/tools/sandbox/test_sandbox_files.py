@@ -16,7 +16,7 @@ from sandbox_harness import descriptors, eventually
 from opd_env.tools import Toolbox
 from opd_env.tools.builtin.python import python_tool
 from opd_env.tools.sandbox import Limits, SandboxUnavailable, Status, open_sandbox
-from opd_env.tools.sandbox.written_files import read_folder
+from opd_env.tools.sandbox.read_back import read_folder
 
 
 @pytest.fixture(scope="module", params=["namespaces", "unsafe_subprocess"])

@@ -12,8 +12,7 @@ import pytest
 
 from opd_env.tools.sandbox import ExecResult, Level, SandboxUnavailable, Status, open_sandbox, opening
 from opd_env.tools.sandbox.base import NOBODY, SetUpFailed
-from opd_env.tools.sandbox.canaries import Canaries
-from opd_env.tools.sandbox.selftest import _ATTACKS, self_test
+from opd_env.tools.sandbox.selftest import _ATTACKS, Canaries, self_test
 
 
 class Opened:

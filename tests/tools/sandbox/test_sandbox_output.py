@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_env.tools.sandbox.base import Limits
-from opd_env.tools.sandbox.output import OutputReader, check_code, check_files, clean_output, shorten
+from opd_env.tools.sandbox.base import Limits, Program
+from opd_env.tools.sandbox.read_back import OutputReader, clean_output, shorten
 
 
 @given(st.binary(max_size=500))
@@ -53,13 +53,13 @@ def test_the_reader_keeps_no_more_than_its_cap_and_says_so():
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "a\0b", "x" * 300])
 def test_file_names_with_folders_are_refused(name):
     with pytest.raises(ValueError, match="plain file name"):
-        check_files({name: b""})
+        Program("", {name: b""})
 
 
 def test_code_over_the_limit_is_refused_and_lone_surrogates_are_accepted():
     with pytest.raises(ValueError, match="at most 10"):
-        check_code("x" * 11, Limits(code_bytes=10))
-    assert check_code("'\ud800'", Limits())
+        Program("x" * 11, limits=Limits(code_bytes=10))
+    assert Program("'\ud800'").source == b"'\xed\xa0\x80'"
 
 
 def test_limits_must_be_positive():

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opd_env.tools.sandbox import ExecResult, Level, Limits, SandboxUnavailable, Status, open_sandbox
-from opd_env.tools.sandbox.modules import Tier, tier_of
+from opd_env.tools.sandbox.interpreter import Tier, tier_of
 
 
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from sandbox_harness import Processes, descriptors, eventually, settled
 
 from opd_env.tools.sandbox import Limits, SandboxUnavailable, SessionEnded, Status, open_sandbox
-from opd_env.tools.sandbox.kernel_sandbox import KernelSandbox
-from opd_env.tools.sandbox.turnstile import Turnstile
+from opd_env.tools.sandbox.kernel import KernelSandbox
+from opd_env.tools.sandbox.pool import Turnstile
 
 ROOT = Path(__file__).parents[3]
 
@@ -99,7 +99,7 @@ def test_a_dead_zygote_is_replaced(sandbox):
 
 
 def test_a_slot_that_hangs_is_killed_and_the_call_is_tried_again(sandbox, monkeypatch):
-    monkeypatch.setattr("opd_env.tools.sandbox.kernel_slot.GRACE_S", 1.0)
+    monkeypatch.setattr("opd_env.tools.sandbox.slots.GRACE_S", 1.0)
     sandbox.run("print(1)")
     for slots in sandbox._pool._idle.values():
         for slot in slots:

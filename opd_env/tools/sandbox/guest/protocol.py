@@ -6,8 +6,7 @@ Test it alone: ``pytest tests/tools/sandbox``
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import NamedTuple
 
 SPAWN = b"S"
 """Supervisor to zygote, with the slot's ends of two sockets (control, requests): make a slot."""
@@ -30,8 +29,7 @@ FOLDER_BYTES = 64 << 20
 """Of all files there."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Job(NamedTuple):
     """Supervisor to the process that waits in the slot: run this.
 
     The descriptors beside it: code or channel, output, [files].
@@ -44,21 +42,12 @@ class Request:
     memory_bytes: int
     threads: int
 
-    _layout: ClassVar[struct.Struct] = struct.Struct("<BQIQI")
-    size: ClassVar[int] = _layout.size
 
-    def pack(self) -> bytes:
-        """The record's bytes."""
-        return self._layout.pack(self.kind, self.seed, self.cpu_s, self.memory_bytes, self.threads)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Request:
-        """The record of :meth:`pack`."""
-        return cls(*cls._layout.unpack(data))
+JOB = struct.Struct("<BQIQI")
+"""A job on its way."""
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """Slot to supervisor: what the kernel told about the process that is gone."""
 
     number: int
@@ -71,20 +60,9 @@ class Report:
     cpu_us: int
     max_rss_kb: int
 
-    _layout: ClassVar[struct.Struct] = struct.Struct("<cI??iQQ")
-    size: ClassVar[int] = _layout.size
-    tag: ClassVar[bytes] = b"D"
 
-    def pack(self) -> bytes:
-        """The record's bytes."""
-        fields = (self.number, self.set_up, self.clean, self.wait_status, self.cpu_us, self.max_rss_kb)
-        return self._layout.pack(self.tag, *fields)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Report:
-        """The record of :meth:`pack`."""
-        return cls(*cls._layout.unpack(data)[1:])
-
+REPORT = struct.Struct("<I??iQQ")
+"""A report on its way; no other message of a slot is as long."""
 
 _FILE = struct.Struct("<HI")
 

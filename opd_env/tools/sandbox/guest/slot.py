@@ -1,6 +1,6 @@
-"""A slot: forks a process for each request, and leaves nothing of it behind.
+"""A slot: forks a process for each job, and leaves nothing of it behind.
 
-The slot never reads a request, or the code: they go straight to the process that runs it, so that no later
+The slot never reads a job, or the code: they go straight to the process that runs it, so that no later
 process, a fork of the same slot, can find them in its memory.
 
 Test it alone: ``pytest tests/tools/sandbox``
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from opd_env.tools.sandbox.guest import linux, protocol, runner, seccomp
-from opd_env.tools.sandbox.guest.protocol import Report, Request
+from opd_env.tools.sandbox.guest.protocol import Job, Report
 from opd_env.tools.sandbox.guest.world import WORK_FOLDER
 
 DESCRIPTORS, STACK_BYTES = 64, 8 << 20
@@ -42,9 +42,9 @@ class Surroundings:
 
 
 def serve(control: socket.socket, requests: socket.socket, here: Surroundings) -> NoReturn:
-    """Keeps one process waiting for a request, until the supervisor closes the sockets.
+    """Keeps one process waiting for a job, until the supervisor closes the sockets.
 
-    The process is forked before the request comes, so that a call does not wait for it.
+    The process is forked before the job comes, so that a call does not wait for it.
     """
     # One byte that a process sets when it is set up; it unmaps it before the code runs.
     set_up = mmap.mmap(-1, mmap.PAGESIZE)
@@ -77,7 +77,7 @@ def serve(control: socket.socket, requests: socket.socket, here: Surroundings) -
             cpu_us=round((usage.ru_utime + usage.ru_stime) * 1e6),
             max_rss_kb=usage.ru_maxrss,
         )
-        control.send(report.pack())
+        control.send(protocol.REPORT.pack(*report))
         if not report.clean:
             break
     os._exit(1)
@@ -165,10 +165,10 @@ def _be_child(
             if os.getppid() != slot:
                 os._exit(0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        message, descriptors, _, _ = socket.recv_fds(requests, Request.size, 3)
+        message, descriptors, _, _ = socket.recv_fds(requests, protocol.JOB.size, 3)
         if not message:
             os._exit(0)
-        request = Request.unpack(message)
+        job = Job(*protocol.JOB.unpack(message))
         source, output, *files = descriptors
         # Of its own: flags of an open file are shared by all that have inherited it, and stay.
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
@@ -185,19 +185,19 @@ def _be_child(
                     file.write(content)
             os.close(4)
         code = ""
-        if request.kind == protocol.PROGRAM:
+        if job.kind == protocol.PROGRAM:
             code = _read_all(3).decode("utf-8", "surrogatepass")
             os.close(3)
-        _limit(request, here)
+        _limit(job, here)
 
         def before_code() -> None:
             set_up[0] = 1
             set_up.close()
             last_filter.install(os.getpid())
 
-        if request.kind == protocol.PROGRAM:
-            os._exit(runner.run_program(code, request.seed, here.namespace, before_code))
-        os._exit(runner.run_cells(3, request.seed, here.namespace, before_code))
+        if job.kind == protocol.PROGRAM:
+            os._exit(runner.run_program(code, job.seed, here.namespace, before_code))
+        os._exit(runner.run_cells(3, job.seed, here.namespace, before_code))
     finally:
         os._exit(70)
 
@@ -207,12 +207,12 @@ def _read_all(descriptor: int) -> bytes:
     return os.pread(descriptor, size, 0)
 
 
-def _limit(request: Request, here: Surroundings) -> None:
-    space = here.base_bytes + request.memory_bytes
-    threads = here.base_threads + request.threads
+def _limit(job: Job, here: Surroundings) -> None:
+    space = here.base_bytes + job.memory_bytes
+    threads = here.base_threads + job.threads
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     # One second to notice SIGXCPU, then SIGKILL.
-    resource.setrlimit(resource.RLIMIT_CPU, (request.cpu_s, request.cpu_s + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_s, job.cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
 
 
