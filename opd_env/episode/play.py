@@ -1,4 +1,4 @@
-"""One episode under way, without an engine: what to sample next, and what comes of it.
+"""One episode under way, without an engine: what to sample next, and where that leads.
 
 Worked example, of an episode whose turns ``sample`` draws::
 

@@ -7,7 +7,7 @@ Worked example::
     result = rollout(load_task("arithmetic"), engine, chat, indices=range(64), seed=1)
     result.trajectories[0].correct
 
-Episodes are independent: one that waits for a slow tool, or is over, does not hold the others. A failure of the
+Episodes are independent: an episode that waits for a slow tool does not hold the others. A failure of the
 kit itself (never of a student or a tool) is recorded as an ``EpisodeError``, counted, and raised under pytest.
 
 Test it alone: ``pytest tests/episode/test_rollouts.py``
@@ -214,7 +214,7 @@ class _Rollout:
         self._guard(episode, self._go_on)
 
     def _go_on(self, episode: EpisodePlay) -> None:
-        """Queues the episode's next turn, or takes leave of it."""
+        """Queues the episode's next turn, or closes it when it is over."""
         request = episode.ask()
         if request is not None:
             self.engine.submit(request)

@@ -1,9 +1,9 @@
 """Evaluation: what a model scores on a task, with intervals, and how two models compare.
 
-What it is: one run over a task's problems, counts of what happened, rates and their intervals, paired comparison, and
-a player for chat servers.
-Stands on: ``episode``; ``statistics``, ``paired`` and ``counts`` are mathematics without models or files.
-Read first: ``run``, then ``counts`` and ``rates``.
+What it is: one run over a task's problems, counts of what happened and their rates, intervals and differences,
+comparisons of stored evaluations, and a player for chat servers.
+Stands on: ``episode``; ``statistics`` and ``counts`` are mathematics without models or files.
+Read first: ``run``, then ``counts``. Training counts its rollouts with ``counts`` too.
 Who may change it: anyone, with a second way of counting as the test.
 """
 

@@ -26,7 +26,7 @@ from opd_env.episode.trajectory import Decode, Trajectory
 from opd_env.errors import UserError
 from opd_env.evaluation.counts import Fraction, Summary, Tally, fractions, rate_of, tally
 from opd_env.evaluation.read_run import Run, read_json, tokenizer_of
-from opd_env.evaluation.statistics import Difference, PairedComparison, Rate, compare_paired, difference_of_shares
+from opd_env.evaluation.statistics import Difference, PairedDifference, Rate, compare_paired, difference_of_shares
 
 MUST_AGREE = ("task", "version", "split", "tools", "prompt_hash")
 """Settings without which two scores answer different questions."""
@@ -92,7 +92,7 @@ class Comparison:
 
     first: Side
     second: Side
-    accuracy: PairedComparison
+    accuracy: PairedDifference
     """With McNemar's exact test; with several episodes per problem, a sign test on their means."""
     metrics: tuple[MetricDifference, ...]
     """Every metric that was observed on both sides."""
@@ -157,7 +157,7 @@ def read_side(path: str | Path, *, name: str = "") -> Side:
 
 
 def named_by_model(sides: Sequence[Side]) -> list[Side]:
-    """The same sides, called by their models where these tell them apart."""
+    """The same sides, called by their models if all of these differ."""
     models = [str(side.settings.get("model", "")) for side in sides]
     if "" in models or len(set(models)) < len(models):
         return list(sides)
@@ -210,7 +210,7 @@ def _title(name: str) -> str:
 
 
 def _progress(name: str) -> tuple[bool, str]:
-    """Later evaluations of a run are greater: ``before``, then steps; teachers are none of them."""
+    """Sorts the evaluations of a run: teachers, ``before``, then steps."""
     return name.startswith("step_"), "" if name.startswith("teacher") else name
 
 
@@ -243,11 +243,11 @@ def _notes(first: Side, second: Side, common: int) -> Iterator[str]:
         alone = len(side.table.played) - common
         if alone:
             yield f"{alone} of {len(side.table.played)} problems were played only in {side.name}; they are left out"
-    for title, ours, theirs in (
+    for title, of_first, of_second in (
         ("settings", first.settings, second.settings),
         ("versions", first.versions, second.versions),
     ):
-        one, other = _flat(ours), _flat(theirs)
+        one, other = _flat(of_first), _flat(of_second)
         known = {"model", "problems"} | (
             {"weights_hash", "server"} if one.get("model") != other.get("model") else set()
         )

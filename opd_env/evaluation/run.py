@@ -67,8 +67,7 @@ def evaluate(
         engine: samples the model's turns, idle; or a chat server, which is asked in plain text.
         chat: the format of the model's tokenizer; a chat server has its own.
         model: the model's name, for the results; a folder is not continued with another model.
-        weights_hash: of its weights (``opd_env.engines.models.weights_hash``), so that nor is it with another of
-            that name.
+        weights_hash: of its weights (``opd_env.engines.models.weights_hash``); nor with other weights of that name.
         samples: episodes of each problem.
         limit: problems; None takes all.
         tools: what the model may call; by default the task's own. An empty list offers none.
@@ -158,10 +157,10 @@ def describe(
 
     Args:
         task, samples, tools, limits, sampling, seed: as for ``evaluate``.
-        chat: the model's chat format; None for a model that is asked as text, whose server has a format of its own.
+        chat: the model's chat format; None for a chat server, which has its own.
         model: its name.
         weights_hash: of its weights, when they can be read: tells two models of one name apart.
-        server: address of the chat server, which tells them apart where the weights cannot be read.
+        server: address of the chat server; tells them apart where the weights cannot be read.
     """
     first = task.tools_of(task[0]) if tools is None else tools
     with Toolbox(first) as toolbox:

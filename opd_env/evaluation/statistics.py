@@ -240,15 +240,31 @@ def _wins_against(others: Sequence[int], silent: int, votes: int, rest: int) -> 
 
 
 @dataclass(frozen=True)
-class PairedComparison:
-    """Two models on the same problems."""
+class Difference:
+    """A metric of the second model minus that of the first, with its 95 % interval."""
 
-    difference: float
-    """Mean score of the second minus the first."""
+    value: float
+    """NaN when one of the two was not observed."""
     low: float
     high: float
     n: int
-    """Problems."""
+    """Problems that say something about the metric for either model."""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "–"
+        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+@dataclass(frozen=True)
+class PairedDifference(Difference):
+    """The same of a score, of which every problem has one for each model."""
+
     gained: int
     """Problems on which the second scores higher."""
     lost: int
@@ -258,12 +274,12 @@ class PairedComparison:
 
     def __str__(self) -> str:
         return (
-            f"{100 * self.difference:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}],"
+            f"{100 * self.value:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}],"
             f" {self.gained} gained, {self.lost} lost, p = {self.p_value:.2g}"
         )
 
 
-def compare_paired(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> PairedComparison:
+def compare_paired(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> PairedDifference:
     """Compares two models problem by problem, which is sharper than comparing two intervals.
 
     The interval of yes-or-no scores is Bonett and Price's (one gained and one lost problem are added, so
@@ -293,7 +309,7 @@ def compare_paired(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Pai
         low, high = max(-1.0, centre - half), min(1.0, centre + half)
     else:
         low, high = bootstrap_interval(difference_P, seed=seed)
-    return PairedComparison(float(difference_P.mean()), low, high, n, gained, lost, sign_test(gained, lost))
+    return PairedDifference(float(difference_P.mean()), low, high, n, gained, lost, sign_test(gained, lost))
 
 
 def sign_test(gained: int, lost: int) -> float:
@@ -301,28 +317,6 @@ def sign_test(gained: int, lost: int) -> float:
     flips = gained + lost
     tail = sum(math.comb(flips, i) for i in range(min(gained, lost) + 1))
     return min(1.0, float(2 * tail / 2**flips))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A metric of the second model minus that of the first, with its 95 % interval."""
-
-    value: float
-    """NaN when one of the two was not observed."""
-    low: float
-    high: float
-    n: int
-    """Problems that say something about the metric for either model."""
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        if math.isnan(self.value):
-            return "–"
-        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
 def difference_of_shares(

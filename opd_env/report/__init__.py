@@ -1,6 +1,7 @@
 """Reports: what a person sees of a run, an evaluation or a comparison.
 
-What it is: self-contained HTML pages without scripts, transcripts, charts, the headline, and the model card.
+What it is: self-contained HTML pages without scripts, transcripts, charts, the headline, the model card, and the
+progress display of commands.
 Stands on: ``evaluation`` and ``episode``. Everything a model wrote is text here, never markup.
 Read first: ``page``.
 Who may change it: anyone who looks at the page afterwards, light and dark, wide and narrow.

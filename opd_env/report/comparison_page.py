@@ -53,7 +53,7 @@ def write_comparison(comparisons: Sequence[Comparison], path: str | Path) -> Pat
 def summary_sentence(comparison: Comparison) -> str:
     """What the comparison found, in one sentence."""
     paired = comparison.accuracy
-    change = f"{100 * paired.difference:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
+    change = f"{100 * paired.value:+.1f} points [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
     p_value = f"p = {paired.p_value:.2g}" if paired.p_value >= 1e-4 else "p < 0.0001"
     test = "McNemar's exact test" if comparison.single else "sign test over problems"
     return (

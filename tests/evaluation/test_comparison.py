@@ -46,7 +46,7 @@ def test_accuracy_is_paired_and_flips_are_listed(tmp_path: Path) -> None:
 def test_problems_are_paired_by_id_whatever_their_order(tmp_path: Path) -> None:
     episodes = played(True, False, True, False)
     comparison = compare(side(tmp_path / "a", episodes), side(tmp_path / "b", episodes[::-1]))
-    assert (comparison.accuracy.difference, comparison.gained, comparison.lost) == (0, (), ())
+    assert (comparison.accuracy.value, comparison.gained, comparison.lost) == (0, (), ())
 
 
 def test_only_common_problems_count_and_the_others_are_told(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_several_samples_compare_means_and_show_an_episode_of_each_kind(tmp_path
 
     first, second = side(tmp_path / "a", four(1)), side(tmp_path / "b", four(3))
     comparison = compare(first, second)
-    assert comparison.accuracy.difference == 0.5
+    assert comparison.accuracy.value == 0.5
     names = [metric.name for metric in comparison.metrics][:5]
     assert names == ["accuracy", "pass@1", "pass@2", "pass@4", "majority@2"]
     (flip,) = comparison.gained

@@ -33,7 +33,7 @@ def test_paired_comparison_of_verdicts() -> None:
     first = [0] * 30 + [1] * 20 + [1] * 5 + [0] * 45
     second = [1] * 30 + [1] * 20 + [0] * 5 + [0] * 45
     got = compare_paired(first, second)
-    assert (got.difference, got.gained, got.lost, got.n) == (0.25, 30, 5, 100)
+    assert (got.value, got.gained, got.lost, got.n) == (0.25, 30, 5, 100)
     # Bonett and Price by hand: p12 = 31/102, p21 = 6/102.
     centre = 25 / 102
     half = 1.959964 * math.sqrt((31 / 102 + 6 / 102 - centre**2) / 102)
@@ -44,7 +44,7 @@ def test_paired_comparison_of_verdicts() -> None:
 
 def test_pairs_without_a_flip_still_have_an_interval() -> None:
     got = compare_paired([1, 0, 1, 1], [1, 0, 1, 1])
-    assert got.difference == 0
+    assert got.value == 0
     assert got.low < 0 < got.high
     assert got.p_value == 1.0
 
