@@ -50,7 +50,7 @@ $(VENV)/.bfcl: $(READY)
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps bfcl-eval==2026.3.23 mpmath
 	touch $@
 
-# The sandbox's tests look at all processes and canaries of the machine: no other test may open one meanwhile.
+# The sandbox's tests alone: attacks start as many threads as their user may have, whom all sandboxes of a machine share.
 test: $(VENV)/.smollm2 $(VENV)/.bfcl lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/tools/sandbox
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --ignore=tests/tools/sandbox

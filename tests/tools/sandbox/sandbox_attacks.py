@@ -50,7 +50,7 @@ class Attack:
     then_prints: str = ""
     """What that must print, if anything."""
     then_ends: frozenset[Status] = ENDED
-    limits: Limits = field(default_factory=lambda: Limits(wall_s=5.0))
+    limits: Limits = field(default_factory=lambda: Limits(wall_s=60.0))
     prelude: bool = True
 
 
