@@ -1,15 +1,15 @@
 """The connection to an MCP server: starts or reaches it, calls its tools, and starts it again when it is gone.
 
-A **life** is the time from one start of the server (or session with it) to its end. Calls that find no life begin one.
-Of a call that failed with its server, the connection says whether it had reached it:
+A **life** is the time from one start of the server (or session with it) to its end. A call that finds no life begins
+one. Of a call that failed with its server, the connection says whether it had reached it:
 
 * ``CallNotSent``: it had not (the server had ended while idle, its session was over, nobody listened). It is safe to
   make again, for any tool.
 * ``CallLost``: it had, or may have. It is made again only if the tool says that this does no harm.
 
-``Tool.retry_on`` does the rest (see ``opd_env.tools.mcp.tools``), so these retries are counted like any others.
+``Tool.retry_on`` does the rest (``opd_env.tools.mcp.tools``), so these retries are counted like any others.
 
-Test it alone: ``pytest tests/tools/mcp/test_mcp.py tests/tools/mcp/test_mcp_rogue.py``
+Test it alone: ``pytest tests/tools/mcp``
 """
 
 from __future__ import annotations
@@ -24,10 +24,22 @@ import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
+import mcp
+from mcp.client.stdio import get_default_environment
+from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CONNECTION_CLOSED
+
 from opd_env.errors import UserError
 from opd_env.tools.errors import ToolError, ToolErrorKind
-from opd_env.tools.mcp.http import LOST, http_client
-from opd_env.tools.mcp.stdio import NOT_SENT, TOO_LONG, ServerLog, stdio_transport
+from opd_env.tools.mcp.transports import (
+    MAX_MESSAGE_BYTES,
+    TOO_LONG,
+    Attempt,
+    HttpClient,
+    ServerLog,
+    current_attempt,
+    stdio_transport,
+)
 from opd_env.tools.redaction import RedactingFilter, forms_of, redact
 from opd_env.tools.run.output import encodable
 
@@ -43,7 +55,7 @@ _SHOWN_CHARS = 500
 
 
 class MCPUnavailable(UserError):
-    """A server could not be started or reached, or the extra is not installed."""
+    """A server could not be started or reached."""
 
 
 class CallNotSent(ToolError):
@@ -56,12 +68,10 @@ class CallLost(ToolError):
 
 class _Life:
     def __init__(self) -> None:
-        self.ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.client: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.over = asyncio.Event()
         self.reason = ""
         """Why we ended it."""
-        self.written = 0
-        """Messages that were written to a server of this machine while it was there."""
         self.task: asyncio.Task[None] | None = None
 
 
@@ -72,7 +82,7 @@ class Connection:
         self, server: str | Sequence[str], timeout_s: float, secrets: Mapping[str, str], headers: Mapping[str, str]
     ) -> None:
         self._server = server
-        self._label = label_of(server)
+        self._label = repr(server if isinstance(server, str) else " ".join(server))
         self._timeout_s = timeout_s
         self._secrets = secrets
         self._forms = forms_of(secrets.values())
@@ -89,10 +99,6 @@ class Connection:
         Raises:
             MCPUnavailable: it cannot be started or reached, or lists no tools.
         """
-        try:
-            import mcp  # noqa: F401
-        except ImportError as error:
-            raise MCPUnavailable("MCP servers need the package mcp: pip install 'opd-env[mcp]'") from error
         self._stack.enter_context(RedactingFilter(self._forms).on_loggers("mcp", "client"))  # "client": mcp's, too
         try:
             return _run(self._list_tools())
@@ -118,71 +124,67 @@ class Connection:
             self._stack.close()
 
     async def _list_tools(self) -> list[Any]:
-        client = await self._client()
+        life = await self._begun()
+        tools: list[Any] = []
+        cursor, pages = None, 0
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                page = await client.list_tools()
-                tools = page.tools
-                while page.next_cursor and len(tools) <= MAX_TOOLS:
-                    page = await client.list_tools(cursor=page.next_cursor)
-                    tools = [*tools, *page.tools] if page.tools else [*tools, None]  # an empty page counts as one
+                while (cursor or not pages) and max(len(tools), pages) <= MAX_TOOLS:
+                    page = await life.client.result().list_tools(cursor=cursor)
+                    tools, cursor, pages = [*tools, *page.tools], page.next_cursor, pages + 1
         except TimeoutError:
             raise self._unavailable(f"did not list its tools within {START_TIMEOUT_S:g} s") from None
         except Exception as error:
-            reason = (self._life.reason if self._life else "") or self._clean(error) or type(error).__name__
+            reason = life.reason or self._clean(error) or type(error).__name__
             raise self._unavailable(f"does not list its tools: {reason}") from error
-        if len(tools) > MAX_TOOLS:
+        if max(len(tools), pages) > MAX_TOOLS:
             raise self._unavailable(f"lists more than {MAX_TOOLS} tools")
-        return [tool for tool in tools if tool is not None]
+        return tools
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> Any:
-        from mcp import MCPError
-        from mcp.types import CONNECTION_CLOSED
-
         try:
-            client = await self._client()
+            life = await self._begun()
         except MCPUnavailable as error:
             raise ToolError(ToolErrorKind.SANDBOX, self._clean(error)) from error
-        life = self._life
-        if life is None:
-            raise CallNotSent(ToolErrorKind.SANDBOX, "the tool's server ended when it had just started")
-        before = life.written
+        # Each transport marks what it knows: stdio that a call was written, HTTP that it did not arrive.
+        attempt = Attempt(may_have_arrived=self._is_http and not life.over.is_set())
+        current_attempt.set(attempt)
         try:
             async with asyncio.timeout(self._timeout_s):
-                result = await client.call_tool(name, arguments)
+                result = await life.client.result().call_tool(name, arguments)
         except TimeoutError:
             self._check(life)
             message = f"the tool did not answer within {self._timeout_s:g} s and was ended"
             raise ToolError(ToolErrorKind.TIMEOUT, message) from None
-        except MCPError as error:
-            unwritten = error.code == CONNECTION_CLOSED and not self._is_http and life.written == before
-            if error.code == NOT_SENT or unwritten:  # the end may be read before the call's turn to be written comes
+        except mcp.MCPError as error:
+            told, closed = self._clean(error), error.code == CONNECTION_CLOSED
+            if closed and not attempt.may_have_arrived:
                 self._end_life(life)
-                raise CallNotSent(
-                    ToolErrorKind.SANDBOX, f"no answer of the tool's server: {self._clean(error)}"
-                ) from error
+                raise CallNotSent(ToolErrorKind.SANDBOX, f"no answer of the tool's server: {told}") from error
             if life.reason == TOO_LONG:
                 raise ToolError(ToolErrorKind.OUTPUT_LIMIT, f"the tool's server sent {life.reason}") from error
-            if error.code == LOST or (error.code == CONNECTION_CLOSED and (life.over.is_set() or self._is_http)):
-                self._check(life)
-                raise CallLost(ToolErrorKind.EXCEPTION, f"the tool's server failed: {self._clean(error)}") from error
             self._check(life)
-            raise ToolError(ToolErrorKind.EXCEPTION, self._clean(error)) from error
+            if closed and (life.over.is_set() or self._is_http):  # else it is the server's own use of this code
+                raise CallLost(ToolErrorKind.EXCEPTION, f"the tool's server failed: {told}") from error
+            raise ToolError(ToolErrorKind.EXCEPTION, told) from error
         except Exception as error:
             self._check(life)
             raise ToolError(ToolErrorKind.EXCEPTION, f"the tool's server failed: {type(error).__name__}") from error
+        text = "\n".join(block.text if block.type == "text" else f"[{block.type}]" for block in result.content)
         if result.is_error:
-            raise ToolError(ToolErrorKind.EXCEPTION, _text_of(result.content))
-        return _text_of(result.content) if result.content else result.structured_content
+            raise ToolError(ToolErrorKind.EXCEPTION, text)
+        return text if result.content else result.structured_content
 
-    async def _client(self) -> Any:
+    async def _begun(self) -> _Life:
+        """The present life, or a new one."""
         if self._life is None:
             self._life = _Life()
             self._life.task = asyncio.create_task(self._live(self._life))
         life = self._life
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                return await asyncio.shield(life.ready)  # others may be waiting for it too
+                await asyncio.shield(life.client)  # others may be waiting for it too
+            return life
         except TimeoutError:
             if life.task is not None:
                 life.task.cancel()
@@ -190,19 +192,17 @@ class Connection:
 
     async def _live(self, life: _Life) -> None:
         """Owns the client: the package wants it closed by the task that opened it."""
-        import mcp
-
         try:
             async with self._transport(life) as transport, mcp.Client(transport, cache=None) as client:
-                life.ready.set_result(client)
+                life.client.set_result(client)
                 await life.over.wait()
         except Exception as error:
-            if not life.ready.done():
+            if not life.client.done():
                 said = self._log.last_words()
                 reason = f"it sent {life.reason}" if life.reason else self._clean(_first(error))
                 told = f"cannot be reached: {reason}{f'; it said: {said}' if said else ''}"
-                life.ready.set_exception(self._unavailable(told))
-                life.ready.exception()  # nobody may be left who waits for it
+                life.client.set_exception(self._unavailable(told))
+                life.client.exception()  # nobody may be left who waits for it
             logger.debug("MCP server %s ended: %r", self._label, type(error))
         finally:
             self._end_life(life)
@@ -210,20 +210,11 @@ class Connection:
     @contextlib.asynccontextmanager
     async def _transport(self, life: _Life) -> AsyncIterator[Any]:
         ended = functools.partial(self._end_life, life)
-
-        def wrote() -> None:
-            life.written += 1
-
         if isinstance(self._server, str):
-            from mcp.client.streamable_http import streamable_http_client
-
-            async with http_client(self._headers, ended) as http:
-                yield streamable_http_client(self._server, http_client=http)
+            async with HttpClient(self._headers, ended) as http:
+                yield streamable_http_client(self._server, http_client=http, max_sse_event_size=MAX_MESSAGE_BYTES)
         else:
-            from mcp.client.stdio import get_default_environment
-
-            environment = {**get_default_environment(), **self._secrets}
-            yield stdio_transport(self._server, environment, self._log, ended, wrote)
+            yield stdio_transport(self._server, {**get_default_environment(), **self._secrets}, self._log, ended)
 
     def _end_life(self, life: _Life, reason: str = "") -> None:
         life.reason = life.reason or reason
@@ -237,7 +228,7 @@ class Connection:
         async def check() -> None:
             try:
                 async with asyncio.timeout(_LIFE_SIGN_TIMEOUT_S):
-                    await life.ready.result().list_tools(cache_mode="bypass")
+                    await life.client.result().list_tools(cache_mode="bypass")
             except Exception:
                 logger.warning("MCP server %s gives no answer and is started again", self._label)
                 self._end_life(life)
@@ -251,7 +242,7 @@ class Connection:
         life, self._life = self._life, None
         if life is not None and life.task is not None:
             life.over.set()
-            if not life.ready.done():
+            if not life.client.done():
                 life.task.cancel()
             await asyncio.wait([life.task], timeout=_CLOSE_TIMEOUT_S)
 
@@ -266,8 +257,8 @@ class Connection:
         return " ".join(redact(str(error), self._forms).split())[:_SHOWN_CHARS]
 
 
-_loops: dict[int, asyncio.AbstractEventLoop] = {}
-_tasks: set[asyncio.Task[None]] = set()
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a fork has no thread for its parent's
+_tasks: set[asyncio.Task[None]] = set()  # asyncio itself holds a task only weakly
 _lock = threading.Lock()
 
 
@@ -281,16 +272,6 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run_coroutine_threadsafe(work, loop).result()
 
 
-def _text_of(blocks: Sequence[Any]) -> str:
-    """The text of an answer; of anything else only what it is."""
-    return "\n".join(block.text if block.type == "text" else f"[{block.type}]" for block in blocks)
-
-
 def _first(error: BaseException) -> BaseException:
     """The first error in a group of errors."""
     return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
-
-
-def label_of(server: str | Sequence[str]) -> str:
-    """How messages name a server."""
-    return repr(server if isinstance(server, str) else " ".join(server))

@@ -29,25 +29,44 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from opd_env.tools.contract import Tool
-from opd_env.tools.mcp.connection import (
-    START_TIMEOUT_S,
-    CallLost,
-    CallNotSent,
-    Connection,
-    MCPUnavailable,
-    label_of,
-)
 from opd_env.tools.redaction import secret_values
 from opd_env.tools.registry import register_tool
 
-__all__ = ["MCPUnavailable", "MountedServer", "mount_mcp", "register_mcp_servers"]
+if TYPE_CHECKING:
+    from opd_env.tools.mcp.connection import Connection
+
 _MARGIN_S = 1.0
 _RETRIES = 2
 """Further attempts of a call that did not reach its server, or that may be repeated."""
+# Keywords that hold schemas by names of the author's, and keywords that hold no schemas.
+_BY_NAME = ("properties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("enum", "const", "default", "examples")
+_registered: dict[str, MountedServer] = {}
+
+
+class MountedServer(Sequence[Tool], AbstractContextManager["MountedServer"]):
+    """The tools of a server, which runs until ``close`` or the end of the program."""
+
+    def __init__(self, tools: Sequence[Tool], connection: Connection) -> None:
+        self._tools = tuple(tools)
+        self._connection = connection
+
+    def close(self) -> None:
+        """Ends a stdio server, and the session with an HTTP server."""
+        self._connection.close()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tools[index]
+
+    def __len__(self) -> int:
+        return len(self._tools)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def mount_mcp(
@@ -75,45 +94,41 @@ def mount_mcp(
         headers: of each HTTP request; ``{NAME}`` stands for the secret of that name.
 
     Raises:
-        MCPUnavailable: the server cannot be started or reached; or ``mcp`` is not installed.
+        MCPUnavailable: the server cannot be started or reached.
+        ImportError: ``mcp`` is not installed.
         SecretMissing: a variable is not set.
         ValueError: a tool's name or schema is no use.
     """
-    connection = Connection(server, timeout_s, secret_values(secrets, f"MCP server {label_of(server)}"), headers or {})
-    listed = connection.start()
     try:
-        tools = [
-            _tool(
-                connection,
-                one,
-                name=f"{prefix}{one.name}",
-                timeout_s=START_TIMEOUT_S + timeout_s + _MARGIN_S,  # the connection itself keeps to the limits
-                max_output_chars=max_output_chars,
-                max_concurrent=max_concurrent,
-                retries=retries,
-                secrets=secrets,
-            )
-            for one in listed
-        ]
+        from opd_env.tools.mcp.connection import START_TIMEOUT_S, CallLost, CallNotSent, Connection
+    except ImportError as error:
+        raise ImportError("MCP servers need the package mcp: pip install 'opd-env[mcp]'") from error
+    connection = Connection(server, timeout_s, secret_values(secrets, f"MCP server {server!r}"), headers or {})
+    listed = connection.start()
+
+    def mounted(one: Any) -> Tool:
+        hints = one.annotations
+        read_only = bool(hints and hints.read_only_hint)
+        repeatable = retries > 0 or read_only or bool(hints and hints.idempotent_hint)
+        return Tool(
+            name=f"{prefix}{one.name}",
+            description=one.description or one.title or one.name,
+            parameters=_parameters(one.input_schema),
+            function=functools.partial(connection.call, one.name),
+            timeout_s=START_TIMEOUT_S + timeout_s + _MARGIN_S,  # the connection itself keeps to the limits
+            max_output_chars=max_output_chars,
+            max_concurrent=max_concurrent,
+            retry_on=[CallNotSent, CallLost] if repeatable else [CallNotSent],
+            retries=max(retries, _RETRIES),
+            secrets=secrets,
+            mutates_state=not read_only,
+        )
+
+    try:
+        return MountedServer([mounted(one) for one in listed], connection)
     except BaseException:
         connection.close()
         raise
-    return MountedServer(tools, connection)
-
-
-def _tool(connection: Connection, listed: Any, *, retries: int, **options: Any) -> Tool:
-    hints = listed.annotations
-    read_only = bool(hints and hints.read_only_hint)
-    repeatable = retries > 0 or read_only or bool(hints and hints.idempotent_hint)
-    return Tool(
-        description=listed.description or listed.title or listed.name,
-        parameters=_parameters(listed.input_schema),
-        function=functools.partial(connection.call, listed.name),
-        retry_on=[CallNotSent, CallLost] if repeatable else [CallNotSent],
-        retries=max(retries, _RETRIES),
-        mutates_state=not read_only,
-        **options,
-    )
 
 
 def _parameters(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,13 +151,6 @@ def _without_patterns(schema: Any) -> Any:
     return kept if "patternProperties" not in schema else {**kept, "additionalProperties": True}
 
 
-_BY_NAME = ("properties", "$defs", "definitions", "dependentSchemas")
-"""Keywords that hold schemas by names of the author's."""
-_VALUES = ("enum", "const", "default", "examples")
-"""Keywords that hold no schemas."""
-_registered: dict[str, MountedServer] = {}
-
-
 def register_mcp_servers(servers: Mapping[str, Mapping[str, Any]]) -> None:
     """Mounts servers for the rest of the program and registers their tools; those of a known name are kept.
 
@@ -162,29 +170,3 @@ def register_mcp_servers(servers: Mapping[str, Mapping[str, Any]]) -> None:
         for tool in mounted:
             register_tool(tool)
         _registered[name] = mounted
-
-
-class MountedServer(Sequence[Tool]):
-    """The tools of a server, which runs until ``close`` or the end of the program."""
-
-    def __init__(self, tools: Sequence[Tool], connection: Connection) -> None:
-        self._tools = tuple(tools)
-        self._connection = connection
-
-    def close(self) -> None:
-        """Ends a stdio server, and the session with an HTTP server."""
-        self._connection.close()
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._tools[index]
-
-    def __len__(self) -> int:
-        return len(self._tools)
-
-    def __enter__(self) -> MountedServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

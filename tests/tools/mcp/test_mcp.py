@@ -14,11 +14,12 @@ import pytest
 from opd_env.tools import Toolbox, ToolErrorKind, get_tool
 from opd_env.tools import registry as tool_registry
 from opd_env.tools.mcp import tools as mcp
-from opd_env.tools.mcp.tools import MCPUnavailable, MountedServer, mount_mcp, register_mcp_servers
+from opd_env.tools.mcp.tools import MountedServer, mount_mcp, register_mcp_servers
 from opd_env.tools.redaction import SecretMissing
 from tests.ports import kept_port
 
 pytest.importorskip("mcp", reason="needs the extra mcp")
+from opd_env.tools.mcp.connection import MCPUnavailable
 
 SHOP = str(Path(__file__).with_name("mcp_shop.py"))
 LIMIT = 2.0

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from opd_env.tools import Toolbox, ToolErrorKind
-from opd_env.tools.mcp import connection as mcp_connection
-from opd_env.tools.mcp import stdio as mcp_stdio
-from opd_env.tools.mcp.tools import MCPUnavailable, MountedServer, mount_mcp
+from opd_env.tools.mcp.tools import MountedServer, mount_mcp
 
 pytest.importorskip("mcp", reason="needs the extra mcp")
+from opd_env.tools.mcp import connection, transports
+
 ROGUE = str(Path(__file__).with_name("mcp_rogue.py"))
 LIMIT = 2.0
 
@@ -70,8 +70,8 @@ def _nothing_left() -> Iterator[None]:
     ],
 )
 def test_a_server_that_cannot_be_used_is_refused_on_time(how: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcp_connection, "START_TIMEOUT_S", 1.0 if how == "is silent" else 100.0)
-    with pytest.raises(MCPUnavailable, match=told):
+    monkeypatch.setattr(connection, "START_TIMEOUT_S", 1.0 if how == "is silent" else 100.0)
+    with pytest.raises(connection.MCPUnavailable, match=told):
         mount(how)
 
 
@@ -117,36 +117,33 @@ def test_a_call_that_finds_the_server_dead_is_answered_by_the_next(patience: flo
             assert str(pid) not in answer.content
 
 
-def test_a_call_that_was_never_written_is_made_again_also_when_the_end_is_read_first(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("first", ["the call", "the end"])
+def test_a_call_that_was_never_written_is_made_again_whether_it_or_the_servers_end_comes_first(
+    first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, write = mcp_stdio._read, mcp_stdio._write
+    send = transports._ToServer.send
 
-    async def read_late(lines: Any, *others: Any) -> None:
-        class Late:
-            async def readline(self) -> bytes:
-                line: bytes = await lines.readline()
-                await asyncio.sleep(0 if line else 0.3)
-                return line
+    class Lines(asyncio.StreamReader):
+        async def readline(self) -> bytes:
+            line = await super().readline()
+            await asyncio.sleep(0 if line or first == "the end" else 0.5)
+            return line
 
-        await read(Late(), *others)  # type: ignore[arg-type]
+    async def send_late(self: Any, item: Any) -> None:
+        if item.message.method == "tools/call" and first == "the end":
+            await asyncio.sleep(0.5)
+        await send(self, item)
 
-    async def write_late(process: Any, writer: Any, from_client: Any, *others: Any) -> None:
-        async def late() -> AsyncIterator[Any]:
-            async for item in from_client:
-                if process.poll() is not None:
-                    await asyncio.sleep(0.6)
-                yield item
-
-        await write(process, writer, late(), *others)
-
-    monkeypatch.setattr(mcp_stdio, "_read", read_late)
-    monkeypatch.setattr(mcp_stdio, "_write", write_late)
+    monkeypatch.setattr(asyncio, "StreamReader", Lines)
+    monkeypatch.setattr(transports._ToServer, "send", send_late)
     with mount("") as server, Toolbox(list(server)) as toolbox:
         pid = pid_of(toolbox)
-        os.kill(pid, signal.SIGKILL)
-        while pid in children():
-            time.sleep(0.001)
+        if first == "the end":
+            threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()  # the call is on its way by then
+        else:
+            os.kill(pid, signal.SIGKILL)
+            while pid in children():
+                time.sleep(0.001)
         answer = toolbox.call("add", {})
         assert (answer.ok, answer.retries) == (True, 1), answer
         assert str(pid) not in answer.content
@@ -249,11 +246,12 @@ class Sessions(BaseHTTPRequestHandler):
             if how == "hang up":
                 self.close_connection = True
                 return self.connection.close()
-            if how == "huge":
+            if how.startswith("huge"):
                 self.send_response(200)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/event-stream" if how == "huge event" else "application/json")
                 self.end_headers()
                 try:
+                    self.wfile.write(b"event: message\ndata: " if how == "huge event" else b"")
                     for _ in range(20):
                         self.wfile.write(b"x" * (1 << 20))
                 except OSError:
@@ -335,6 +333,14 @@ def test_over_http_too_a_call_that_was_lost_is_repeated_only_where_that_does_no_
     next_call("hang up")
     assert toolbox.call("look", {}).retries == 1
     assert Sessions.calls == ["add", "look", "look"]
+
+
+def test_a_huge_event_over_http_is_lost_and_the_next_call_works(http: Any) -> None:
+    toolbox, next_call = http
+    next_call("huge event")
+    assert "exceeded the 8388608 byte limit" in toolbox.call("add", {}).content
+    assert toolbox.call("add", {}).ok
+    assert Sessions.calls == ["add", "add"]
 
 
 def test_a_huge_answer_over_http_is_an_output_limit(http: Any) -> None:
