@@ -21,8 +21,7 @@ from opd_env.engines.base import Engine
 from opd_env.engines.models import PACKAGED, load_model
 from opd_env.engines.servers.client import HttpClient
 from opd_env.engines.servers.engine import HttpEngine
-from opd_env.engines.servers.model import served_model
-from opd_env.engines.servers.scores import score_tokens
+from opd_env.engines.servers.protocol import score_tokens, served_model
 from opd_env.episode.limits import RolloutLimits
 from opd_env.episode.rollouts import rollout
 from opd_env.formats import get_format

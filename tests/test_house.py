@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "opd_env"
 CORE = (
-    "episode", "engines/base.py", "engines/local.py", "engines/cache.py", "engines/sampling.py",
+    "episode", "engines/base.py", "engines/local.py", "engines/cache.py",
     "trainer/batch.py", "trainer/math/advantages.py", "trainer/math/divergences.py", "trainer/math/logprobs.py",
     "trainer/math/loss.py", "trainer/math/modes.py", "trainer/learn", "trainer/run/loop.py", "trainer/run/learner.py",
     "trainer/run/rollouts.py", "trainer/run/config.py",

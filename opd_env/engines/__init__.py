@@ -1,7 +1,7 @@
 """Engines: they continue token ids, with the log-prob of every token that they sample.
 
 What it is: the local engine (transformers, with kept caches), vLLM in this process, servers of vLLM, and a scripted
-engine for tests; the models that they run, and how one gets new weights.
+engine for tests; the models that they run; ``probe``, which refuses a vLLM that would bias training.
 Stands on: ``formats``, for the probes alone. It knows no episode and no task: token ids in, token ids out.
 Read first: ``base``, the contract; then ``local``.
 Who may change it: with the agreement tests (sampled log-probs equal the trainer's to 1e-5); ``servers`` is sealed.

@@ -203,11 +203,10 @@ class AskingEngine(Engine):
         return bool(self._tickets) or self._failure is not None
 
     def wake(self) -> None:
-        """See ``Engine``."""
         self._ended.put(None)
 
     def release(self, episode: int) -> None:
-        """See ``Engine``; the answer to a turn under way is thrown away when it comes."""
+        """The answer to a turn under way is thrown away when it comes."""
         self._tickets.pop(episode, None)
 
 
@@ -228,21 +227,18 @@ class ScriptedEngine(Engine):
         self._queue: list[Request] = []
 
     def submit(self, request: Request) -> None:
-        """See ``Engine``."""
         self._queue.append(request)
 
     def step(self) -> list[Completion]:
-        """See ``Engine``; ends every queued turn."""
+        """Ends every queued turn."""
         queue, self._queue = self._queue, []
         return [self._play(request) for request in queue]
 
     @property
     def busy(self) -> bool:
-        """See ``Engine``."""
         return bool(self._queue)
 
     def release(self, episode: int) -> None:
-        """See ``Engine``."""
         self._turns.pop(episode, None)
         self._queue = [request for request in self._queue if request.episode != episode]
 

@@ -13,7 +13,7 @@ up to floating-point noise of the batch size.
 
 Not supported: models with state-space layers, contexts beyond a sliding window.
 
-Test it alone: ``pytest tests/engines/test_local.py``
+Test it alone: ``pytest tests/engines/test_local.py tests/engines/test_sampling.py``
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_env.engines.base import Completion, Engine, Request
+from opd_env.engines.base import Completion, Engine, Request, SamplingParams
 from opd_env.engines.cache import SlotCache
 from opd_env.engines.models import split_model
-from opd_env.engines.sampling import draw_tokens
 
 _PREFILL_TOKENS = 8192
 """Of one prefill forward, padding included: bounds its memory."""
@@ -104,7 +103,6 @@ class LocalEngine(Engine):
         self._cut: set[int] = set()
 
     def submit(self, request: Request) -> None:
-        """See ``Engine``."""
         length = len(request.token_ids)
         if not length:
             raise ValueError(f"episode {request.episode}: the prefix is empty")
@@ -117,21 +115,18 @@ class LocalEngine(Engine):
 
     @property
     def side_by_side(self) -> int:
-        """See ``Engine``."""
         return self._side_by_side
 
     @property
     def busy(self) -> bool:
-        """See ``Engine``."""
         return bool(self._queue) or self._running > 0
 
     def cut(self, episode: int) -> None:
-        """See ``Engine``; the next step ends the turn."""
+        """The next step ends the turn."""
         self._cut.add(episode)
 
     @torch.no_grad()
     def update_weights(self, model: Any) -> None:
-        """See ``Engine``."""
         if model is self._model:
             return
         if self.busy or self._rows:
@@ -141,7 +136,6 @@ class LocalEngine(Engine):
             own[name].copy_(weight)
 
     def release(self, episode: int) -> None:
-        """See ``Engine``."""
         self._cut.discard(episode)
         self._queue = deque(request for request in self._queue if request.episode != episode)
         for row in self._rows:
@@ -295,3 +289,35 @@ def _common(a_T: np.ndarray, b_T: np.ndarray) -> int:
     width = min(len(a_T), len(b_T))
     differs_T = a_T[:width] != b_T[:width]
     return int(differs_T.argmax()) if differs_T.any() else width
+
+
+def draw_tokens(
+    logits_NV: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws by inverting the distribution function, in float64, at a number from [0, 1).
+
+    Args:
+        logits_NV: of one position per row, float32.
+        params: of each row; temperature 0 takes the most likely token.
+        uniforms: each row's random number, so that what it draws does not depend on the others.
+
+    Returns:
+        The tokens and their natural log-probs at the row's temperature (at 1 for greedy), both of shape ``[N]``.
+    """
+    temperatures = [one.temperature or 1.0 for one in params]
+    if any(one != 1.0 for one in temperatures):
+        logits_NV = logits_NV / logits_NV.new_tensor(temperatures)[:, None]
+    logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+    greedy = [one.temperature == 0 for one in params]
+    if all(greedy):
+        chosen_N = logprobs_NV.argmax(dim=-1)
+    else:
+        cumulative_NV = logprobs_NV.exp().cumsum(dim=-1, dtype=torch.float64)
+        total_N = cumulative_NV[:, -1]
+        uniform_N = torch.tensor(uniforms, dtype=torch.float64, device=logits_NV.device)
+        target_N = torch.minimum(uniform_N * total_N, torch.nextafter(total_N, torch.zeros_like(total_N)))
+        chosen_N = torch.searchsorted(cumulative_NV, target_N[:, None], right=True)[:, 0]
+        if any(greedy):
+            greedy_N = torch.tensor(greedy, device=logits_NV.device)
+            chosen_N = torch.where(greedy_N, logprobs_NV.argmax(dim=-1), chosen_N)
+    return chosen_N, logprobs_NV.gather(1, chosen_N[:, None])[:, 0]

@@ -1,15 +1,16 @@
-"""Loads language models and splits them into body and head.
+"""Loads language models, splits them into body and head, and writes a student as a plain model.
 
 Names that ``load_model`` understands: ``packaged:student``, ``packaged:teacher``, ``smollm2`` (extra ``smollm2``), a
 folder that ``save_pretrained`` wrote, or a Hugging Face hub id.
 
-Test it alone: ``pytest tests/engines/test_models.py``
+Test it alone: ``pytest tests/engines/test_models.py tests/engines/test_weight_transfer.py``
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -233,3 +234,41 @@ def split_model(model: Any) -> SplitModel:
             f"logits that differ by up to {gap:.3g}"
         )
     return SplitModel(decoder, head)
+
+
+def plain_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Weights by their names in the plain model; merged ones are new tensors, the others the model's own."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in causal.state_dict().items():
+        if ".lora_" not in name and "lora_embedding" not in name:
+            weights[name.replace(".base_layer.", ".")] = tensor.detach()
+    for name, module in causal.named_modules():
+        for adapter in getattr(module, "active_adapters", ()) if hasattr(module, "get_delta_weight") else ():
+            key = f"{name}.weight"
+            weights[key] = weights[key] + module.get_delta_weight(adapter).detach().to(weights[key].dtype)
+    return weights
+
+
+def save_plain(model: Any, folder: Path) -> None:
+    """Writes a student as a plain model that an inference server can load: adapters merged, nothing tied.
+
+    The student itself is not changed by a bit: merging and unmerging adapters in place would round its weights.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT wrapper of one with LoRA adapters.
+        folder: is made; gets ``config.json`` and safetensors files.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    weights = plain_weights(model)
+    head = next(name for name, module in causal.named_modules() if module is causal.get_output_embeddings())
+    # vLLM on a CPU keeps a packed copy of a tied output layer, which a reload of the input embedding does not refresh.
+    weights[f"{head}.weight"] = weights[f"{head}.weight"].clone()
+    with without_bars():
+        causal.save_pretrained(folder, state_dict=weights)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for settings in (config, config.get("text_config") or {}):
+        if "tie_word_embeddings" in settings:
+            settings["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2))

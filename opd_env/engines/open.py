@@ -17,9 +17,9 @@ from typing import Any
 from opd_env.engines.base import Engine
 from opd_env.engines.local import LocalEngine
 from opd_env.engines.models import LoadedModel
+from opd_env.engines.probe import probe_servers, probe_vllm
 from opd_env.engines.servers.client import client_of
 from opd_env.engines.servers.engine import HttpEngine
-from opd_env.engines.servers.probe import probe_servers, probe_vllm
 from opd_env.engines.servers.transport import is_url
 from opd_env.engines.vllm import VLLMEngine
 from opd_env.formats import ChatFormat

@@ -8,7 +8,7 @@ Worked example::
 
 vLLM's engine loop runs in this thread (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), one ``step`` at a time, so that tools
 and sampling overlap as with the local engine. What a turn samples follows from its seed; log-probs are those of
-temperature 1, and other temperatures are refused, as by ``http_engine``.
+temperature 1, and other temperatures are refused, as by ``HttpEngine``.
 
 Test it alone: ``make test-vllm``
 """
@@ -24,10 +24,8 @@ from typing import Any
 from torch import distributed
 
 from opd_env.engines.base import Completion, Engine, Request
-from opd_env.engines.models import source_of
-from opd_env.engines.servers.scores import TokenScores, no_scores, read_scores
-from opd_env.engines.servers.turns import read_completion, require_samplable
-from opd_env.engines.weight_transfer import plain_weights
+from opd_env.engines.models import plain_weights, source_of
+from opd_env.engines.servers.protocol import TokenScores, no_scores, read_completion, read_scores, require_samplable
 from opd_env.errors import UserError
 
 
@@ -94,7 +92,6 @@ class VLLMEngine(Engine):
         self._count = 0
 
     def submit(self, request: Request) -> None:
-        """See ``Engine``."""
         from vllm import SamplingParams, TokensPrompt
 
         require_samplable(request, self.max_context)
@@ -115,7 +112,6 @@ class VLLMEngine(Engine):
         self._running[request.episode] = (name, request)
 
     def step(self) -> list[Completion]:
-        """See ``Engine``."""
         if not self._running:
             return []
         episodes = {name: episode for episode, (name, _) in self._running.items()}
@@ -143,16 +139,14 @@ class VLLMEngine(Engine):
 
     @property
     def busy(self) -> bool:
-        """See ``Engine``."""
         return bool(self._running)
 
     def release(self, episode: int) -> None:
-        """See ``Engine``."""
         if episode in self._running:
             self._engine.abort_request([self._running.pop(episode)[0]])
 
     def update_weights(self, model: Any) -> None:
-        """See ``Engine``; what the prefix cache holds of the old weights is forgotten."""
+        """What the prefix cache holds of the old weights is forgotten."""
         if self.busy:
             raise RuntimeError("weights cannot change while turns are under way")
         weights = list(plain_weights(model).items())

@@ -99,7 +99,7 @@ class _ChatEngine(AskingEngine):
         self._lock = threading.Lock()
 
     def submit(self, request: Request) -> None:
-        """See ``Engine``; takes requests of ``_ChatRecorder`` only."""
+        """Takes requests of ``_ChatRecorder`` only."""
         if not isinstance(request, _ChatRequest):
             raise TypeError("a chat server takes messages, not tokens; play it with recorder=_ChatRecorder")
         self._begin(
@@ -109,7 +109,6 @@ class _ChatEngine(AskingEngine):
         )
 
     def close(self) -> None:
-        """See ``Engine``."""
         self._server.close()
 
     def _complete(self, request: _ChatRequest) -> Completion:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_env.engines.base import GREEDY, SamplingParams
-from opd_env.engines.sampling import draw_tokens
+from opd_env.engines.local import draw_tokens
 
 LOGITS = st.lists(st.integers(-40, 40), min_size=5, max_size=5, unique=True).map(lambda row: [one / 5 for one in row])
 

@@ -16,11 +16,10 @@ from rich.console import Console
 from opd_env.cli.play import run
 from opd_env.engines.base import Engine
 from opd_env.engines.models import PACKAGED, load_model
+from opd_env.engines.probe import probe_servers, probe_vllm
 from opd_env.engines.servers.client import HttpClient
 from opd_env.engines.servers.engine import HttpEngine
-from opd_env.engines.servers.model import served_model
-from opd_env.engines.servers.probe import probe_servers, probe_vllm
-from opd_env.engines.servers.scores import score_tokens
+from opd_env.engines.servers.protocol import score_tokens, served_model
 from opd_env.episode.limits import RolloutLimits
 from opd_env.episode.rollouts import RolloutResult, rollout
 from opd_env.episode.store import load_trajectories

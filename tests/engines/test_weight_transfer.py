@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from opd_env.engines.weight_transfer import plain_weights, save_plain
+from opd_env.engines.models import plain_weights, save_plain
 from tests.tiny import tiny_llama
 
 IDS = torch.arange(3, 30)[None]

@@ -17,7 +17,7 @@ What goes wrong is one of four things:
 
 An answer is either used whole or not at all, and a request is asked again only after its answer was lost, so nothing
 counts twice. A server that restarts, perhaps with other weights, loses the requests under way, if there are any: so
-``on_return`` looks at a server that was away, and at one that was idle. One exchange is ``http_transport``'s.
+``on_return`` looks at a server that was away, and at one that was idle. One exchange is ``transport``'s.
 
 Test it alone: ``pytest tests/engines/servers/test_client.py``
 """

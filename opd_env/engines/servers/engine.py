@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from opd_env.engines.base import AskingEngine, Completion, Request
+from opd_env.engines.models import save_plain
 from opd_env.engines.servers.client import HttpClient, RequestFailed, RequestRefused
-from opd_env.engines.servers.model import served_model
-from opd_env.engines.servers.turns import read_completion, require_samplable, sampling_body
-from opd_env.engines.weight_transfer import save_plain
+from opd_env.engines.servers.protocol import read_completion, require_samplable, sampling_body, served_model
 from opd_env.errors import UserError
 
 
@@ -82,7 +81,6 @@ class HttpEngine(AskingEngine):
         self._run = secrets.token_hex(4)  # a server may still hold what an earlier run called weights 1
 
     def submit(self, request: Request) -> None:
-        """See ``Engine``."""
         require_samplable(request, self.max_context)
         body = sampling_body(request, self._model.name, self._stop) | {
             "cache_salt": self.served.folder.name if self.served else f"weights-{self._run}-0"

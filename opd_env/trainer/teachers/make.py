@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from opd_env.engines.models import LoadedModel, load_model, load_outline, weights_hash
+from opd_env.engines.probe import probe_servers, probe_vllm, same_scores
 from opd_env.engines.servers.client import RequestRefused, client_of
-from opd_env.engines.servers.probe import probe_servers, probe_vllm, same_scores
-from opd_env.engines.servers.scores import score_tokens
+from opd_env.engines.servers.protocol import score_tokens
 from opd_env.engines.servers.transport import is_url
 from opd_env.engines.vllm import VLLMEngine
 from opd_env.errors import unknown

@@ -31,8 +31,7 @@ from torch import Tensor
 from opd_env.engines.base import Engine
 from opd_env.engines.servers.client import HttpClient, RequestFailed
 from opd_env.engines.servers.engine import HttpEngine
-from opd_env.engines.servers.model import served_model
-from opd_env.engines.servers.scores import TokenScores, score_tokens
+from opd_env.engines.servers.protocol import TokenScores, score_tokens, served_model
 from opd_env.engines.vllm import VLLMEngine
 from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import UserError

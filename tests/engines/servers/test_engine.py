@@ -17,7 +17,7 @@ from opd_env.engines.local import LocalEngine
 from opd_env.engines.servers import client as http_client
 from opd_env.engines.servers.client import HttpClient, ServersDown
 from opd_env.engines.servers.engine import HttpEngine
-from opd_env.engines.servers.turns import read_completion
+from opd_env.engines.servers.protocol import read_completion
 from opd_env.episode.limits import RolloutLimits
 from opd_env.episode.rollouts import RolloutResult, rollout
 from opd_env.errors import UserError

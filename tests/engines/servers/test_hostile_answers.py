@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 
 from opd_env.engines.base import GREEDY, Request, SamplingParams
 from opd_env.engines.servers.client import HttpClient, RequestFailed
-from opd_env.engines.servers.model import ServedModel
-from opd_env.engines.servers.scores import score_tokens
+from opd_env.engines.servers.protocol import ServedModel, read_completion, score_tokens
 from opd_env.engines.servers.transport import Transport
-from opd_env.engines.servers.turns import read_completion
 from opd_env.evaluation.chat_server import ChatServer, ServerFault
 
 REQUEST, STOP, VOCAB = Request(0, [5, 6], SamplingParams(max_tokens=3)), (2,), 32

@@ -11,7 +11,7 @@ the same tokens; scores do not depend on the order of requests or on what the pr
 ``prompt_logprobs`` read from a stale buffer); sampled and scored log-probs of a token are the same; and both are what
 a local copy of the model computes.
 
-Test it alone: ``pytest tests/engines/servers/test_probe.py``
+Test it alone: ``pytest tests/engines/test_probe.py``
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ from numpy.typing import NDArray
 
 from opd_env.engines.base import Completion, Request, SamplingParams
 from opd_env.engines.servers.client import HttpClient, RequestFailed, RequestRefused
-from opd_env.engines.servers.model import ServedModel, served_model
-from opd_env.engines.servers.scores import read_scores, score_tokens, scoring_body
-from opd_env.engines.servers.turns import read_completion, sampling_body
+from opd_env.engines.servers.protocol import (
+    ServedModel,
+    read_completion,
+    read_scores,
+    sampling_body,
+    score_tokens,
+    scoring_body,
+    served_model,
+)
 from opd_env.engines.vllm import VLLMEngine
 from opd_env.errors import UserError
 from opd_env.formats import ChatFormat

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from opd_env.engines.probe import probe_servers, same_scores
 from opd_env.engines.servers import client as http_client
 from opd_env.engines.servers.client import HttpClient, RequestFailed, RequestRefused, ServersDown
-from opd_env.engines.servers.model import ServedModel, served_model
-from opd_env.engines.servers.probe import probe_servers, same_scores
-from opd_env.engines.servers.scores import read_scores, score_tokens
+from opd_env.engines.servers.protocol import ServedModel, read_scores, score_tokens, served_model
 from opd_env.errors import UserError
 from opd_env.formats import get_format
 from tests.engines.fake_vllm import FakeVLLM
