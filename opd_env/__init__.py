@@ -11,63 +11,20 @@ from typing import TYPE_CHECKING
 from opd_env._lazy import lazy_face
 
 if TYPE_CHECKING:
+    # isort: off
     from opd_env.episode.env import ToolEnv as ToolEnv
     from opd_env.episode.limits import RolloutLimits as RolloutLimits
     from opd_env.episode.rollouts import rollout as rollout
-    from opd_env.episode.trajectory import StopReason as StopReason
-    from opd_env.episode.trajectory import Trajectory as Trajectory
+    from opd_env.episode.trajectory import StopReason as StopReason, Trajectory as Trajectory
     from opd_env.evaluation.run import evaluate as evaluate
-    from opd_env.tasks import (
-        Example as Example,
-    )
-    from opd_env.tasks import (
-        Grade as Grade,
-    )
-    from opd_env.tasks import (
-        Task as Task,
-    )
-    from opd_env.tasks import (
-        list_tasks as list_tasks,
-    )
-    from opd_env.tasks import (
-        load_task as load_task,
-    )
-    from opd_env.tasks import (
-        register_task as register_task,
-    )
-    from opd_env.tools import (
-        Tool as Tool,
-    )
-    from opd_env.tools import (
-        Toolbox as Toolbox,
-    )
-    from opd_env.tools import (
-        ToolError as ToolError,
-    )
-    from opd_env.tools import (
-        ToolErrorKind as ToolErrorKind,
-    )
-    from opd_env.tools import (
-        get_tool as get_tool,
-    )
-    from opd_env.tools import (
-        list_tools as list_tools,
-    )
-    from opd_env.tools import (
-        register_tool as register_tool,
-    )
-    from opd_env.tools import (
-        tool as tool,
-    )
-    from opd_env.trainer import (
-        OPDConfig as OPDConfig,
-    )
-    from opd_env.trainer import (
-        OPDTrainer as OPDTrainer,
-    )
-    from opd_env.trainer import (
-        register_divergence as register_divergence,
-    )
+    from opd_env.tasks import Example as Example, Grade as Grade, Task as Task
+    from opd_env.tasks import list_tasks as list_tasks, load_task as load_task, register_task as register_task
+    from opd_env.tools import Tool as Tool, Toolbox as Toolbox, ToolError as ToolError, ToolErrorKind as ToolErrorKind
+    from opd_env.tools import get_tool as get_tool, list_tools as list_tools
+    from opd_env.tools import register_tool as register_tool, tool as tool
+    from opd_env.trainer import OPDConfig as OPDConfig, OPDTrainer as OPDTrainer
+    from opd_env.trainer import register_divergence as register_divergence
+    # isort: on
 
 __version__ = "0.1.0"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_env.cli.arguments import ArgumentParser
+from opd_env.plugins.exports import export_evaluation
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -20,8 +21,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--to", required=True, help="inspect or lm-eval")
     parser.add_argument("--output", default="runs/export", help="folder to write to (runs/export)")
     chosen = parser.parse_args(list(arguments))
-
-    from opd_env.plugins.exports import export_evaluation
 
     for path in export_evaluation(chosen.evaluation, chosen.to, chosen.output):
         print(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_env.cli.arguments import ArgumentParser
+from opd_env.report.model_card import publish
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -20,8 +21,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository on the Hugging Face hub to upload to")
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
     chosen = parser.parse_args(list(arguments))
-
-    from opd_env.report.model_card import publish
 
     print(publish(chosen.run, push=chosen.push, private=chosen.private))
     return 0

@@ -151,7 +151,7 @@ class _Rollout:
 
     def run(self, jobs: Sequence[tuple[int, int]], tool_workers: int, cancel: threading.Event) -> RolloutResult:
         started = tail_from = time.perf_counter()
-        waiting = list(enumerate(jobs))[::-1]
+        waiting = list(enumerate(jobs))[::-1]  # taken from its end
         pool = ThreadPoolExecutor(tool_workers, thread_name_prefix="opd-env-tool") if tool_workers else None
         try:
             while waiting or self.live:
@@ -176,7 +176,7 @@ class _Rollout:
                     episode, parsed, before = self.playing.pop(future)
                     self._guard(episode, self._turn_played, parsed, future.result, time.perf_counter() - before)
                 self._report()
-                if 10 * (len(waiting) + len(self.live)) >= len(jobs):
+                if 10 * (len(waiting) + len(self.live)) >= len(jobs):  # the last time that this holds, the tail begins
                     tail_from = time.perf_counter()
         finally:
             for key in list(self.live):
@@ -240,7 +240,7 @@ class _Rollout:
         else:
             future = pool.submit(episode.env.step, parsed.text)
             self.playing[future] = (episode, parsed, now)
-            future.add_done_callback(lambda _: self.engine.wake())
+            future.add_done_callback(lambda _: self.engine.wake())  # an engine may be waiting for its own work
 
     def _turn_played(
         self, episode: EpisodePlay, parsed: ParsedTurn, outcome: Callable[[], Any], seconds: float

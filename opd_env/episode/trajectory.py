@@ -162,6 +162,7 @@ class Trajectory:
             "sampled is true exactly for text, thinking and tool calls",
         )
         refuse(~self.sampled & (self.logprobs != 0), "a token that was not sampled has log-prob 0")
+        # Rounding may lift the log-prob of a certain token a little above 0.
         refuse(~np.isfinite(self.logprobs) | (self.logprobs > 1e-4), "a log-prob is finite and not positive")
         refuse((self.kind == TokenKind.PROMPT) != (self.turn == 0), "turn is 0 exactly for the prompt")
         refuse(np.diff(self.turn, prepend=self.turn[:1]) < 0, "turns never go back")
