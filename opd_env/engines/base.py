@@ -199,7 +199,7 @@ class AskingEngine(Engine):
 
     @property
     def busy(self) -> bool:
-        """Whether a turn is under way, or a failure is to be raised."""
+        # A failure that has not been raised yet counts: callers stop at an idle engine.
         return bool(self._tickets) or self._failure is not None
 
     def wake(self) -> None:

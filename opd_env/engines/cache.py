@@ -131,7 +131,6 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         self.is_initialized = True
 
     def reserve(self, slots: int, length: int) -> None:
-        """Grows the storage to this size, keeping what it holds."""
         self.size = slots, length
         if self.is_initialized:
             for name in ("keys", "values"):
@@ -156,7 +155,6 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         return keys[:, :, : window.length], values[:, :, : window.length]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copies the first positions of a slot to another."""
         for store in (self.keys, self.values):
             store[target, :, :length] = store[source, :, :length]
 
@@ -173,7 +171,6 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
                 store[a, :, :length_b] = kept
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys."""
         return 0 if self.window is None else self.window.length, 0
 
     def get_seq_length(self) -> int:
@@ -181,5 +178,4 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         return 0
 
     def get_max_length(self) -> int:
-        """No maximum: storage grows."""
         return -1

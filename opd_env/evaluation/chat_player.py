@@ -88,7 +88,7 @@ class _ChatCompletion(Completion):
 
 
 class _ChatEngine(AskingEngine):
-    """Asks a chat server for the turns of many episodes, each in a thread that holds no exit."""
+    """Asks for the turns of many episodes side by side, each in a thread that holds no exit."""
 
     def __init__(self, server: ChatServer) -> None:
         super().__init__()
@@ -174,14 +174,12 @@ class _ChatRecorder(Recorder):
             answers = "\n".join(f"<tool_response>\n{one['content']}\n</tool_response>" for one in replies)
             self._messages += [assistant, {"role": "user", "content": answers}]
         else:
-            functions = [{"name": call.name, "arguments": _readable(call.arguments)} for call in calls]
-            asked = [
-                {"id": call.id, "type": "function", "function": function}
-                for call, function in zip(calls, functions, strict=True)
-            ]
-            self._messages.append({**assistant, "tool_calls": asked})
+            asked, answered = [], []
             for call, one in zip(calls, replies, strict=True):
-                self._messages.append({"role": "tool", "tool_call_id": call.id, "content": one["content"]})
+                function = {"name": call.name, "arguments": _readable(call.arguments)}
+                asked.append({"id": call.id, "type": "function", "function": function})
+                answered.append({"role": "tool", "tool_call_id": call.id, "content": one["content"]})
+            self._messages += [{**assistant, "tool_calls": asked}, *answered]
         return True
 
     def tokens(self) -> dict[str, Any]:

@@ -136,7 +136,8 @@ class Transport:
     def close(self) -> None:
         """Ends every exchange and pause that is under way, and lets none begin."""
         self._closed.set()
-        _loop().call_soon_threadsafe(lambda: [task.cancel() for task in self._tasks])
+        if (loop := _loops.get(os.getpid())) is not None:  # nothing is under way without it
+            loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._tasks])
 
     async def _exchange(self, url: str, data: bytes | None, timeout_s: float) -> bytes:
         import httpx2  # here, for it takes a tenth of a second
