@@ -20,8 +20,8 @@ import pytest
 from opd_env.cli.main import COMMANDS, main
 from opd_env.episode.env import ToolEnv
 from opd_env.tasks import registry as task_registry
+from opd_env.tools import catalogue as tool_catalogue
 from opd_env.tools import get_tool
-from opd_env.tools import registry as tool_registry
 from opd_env.trainer import advantage
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +176,7 @@ def test_every_call_of_an_example_in_a_module_fits_its_signature() -> None:
 @pytest.fixture
 def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an example registers is gone afterwards."""
-    monkeypatch.setattr(tool_registry, "_registered", dict(tool_registry._registered))
+    monkeypatch.setattr(tool_catalogue, "_registered", dict(tool_catalogue._registered))
     monkeypatch.setattr(task_registry, "_registered", dict(task_registry._registered))
 
 

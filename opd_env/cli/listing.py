@@ -36,8 +36,8 @@ def _tools(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     from opd_env.report.transcript import visible
     from opd_env.tools import get_tool, list_tools
-    from opd_env.tools.registry import describe_tool
-    from opd_env.tools.trial import exercise_tool
+    from opd_env.tools.catalogue import describe_tool
+    from opd_env.tools.trial import try_tool
 
     import_files(options.imports)
     console = Console()
@@ -49,7 +49,7 @@ def _tools(arguments: Sequence[str]) -> int:
             console.print(table)
         case ["test", name]:
             tool = get_tool(name, **_json_object(options.options))
-            checks = exercise_tool(tool, [_json_object(example) for example in options.example])
+            checks = try_tool(tool, [_json_object(example) for example in options.example])
             table = Table.grid(padding=(0, 2))
             for check in checks:
                 mark = Text("ok", "green") if check.passed else Text("FAILED", "red")

@@ -27,11 +27,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opd_env.tools.box import Toolbox, ToolResult
-from opd_env.tools.contract import Tool, tool
-from opd_env.tools.errors import ToolError, ToolErrorKind
-from opd_env.tools.registry import get_tool, list_tools, register_tool
+from opd_env.tools.catalogue import get_tool, list_tools, register_tool
+from opd_env.tools.contract import Shared, Tool, tool
 from opd_env.tools.schema import Injected
-from opd_env.tools.shared import Shared
+from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
 if TYPE_CHECKING:
     from opd_env.tools.sandbox import open_sandbox

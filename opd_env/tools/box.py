@@ -12,19 +12,22 @@ Test it alone: ``pytest tests/tools/test_box.py``
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from opd_env.errors import did_you_mean
-from opd_env.tools.contract import Tool
-from opd_env.tools.errors import ToolError, ToolErrorKind
-from opd_env.tools.registry import get_tool
-from opd_env.tools.run.output import Output, encode_error
-from opd_env.tools.run.thread import Episode, Runner, ThreadRunner, make_runner, prepare, turn_of
-from opd_env.tools.shared import Shared
+from opd_env.tools.catalogue import get_tool
+from opd_env.tools.contract import Isolation, Shared, Tool
+from opd_env.tools.redaction import secrets_of
+from opd_env.tools.run.answer import Answer, encode_error
+from opd_env.tools.run.thread import Episode, Runner, ThreadRunner
+from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
 MAX_NAMES = 20
 """Tools named in the error about an unknown one."""
@@ -76,7 +79,11 @@ class Toolbox:
             if tool.name in self._tools:
                 raise ValueError(f"two tools are named {tool.name!r}; rename one with @tool(name=...)")
             self._tools[tool.name] = tool
-            prepare(tool)
+            secrets_of(tool)
+            if tool.isolation is Isolation.PROCESS:
+                from opd_env.tools.run.process import copy_of
+
+                copy_of(tool)
         self._runners: dict[str, Runner] = {}
         self._sharing = Episode([tool for tool in self if tool.shared])
 
@@ -103,7 +110,7 @@ class Toolbox:
         seconds = time.perf_counter() - start
         return ToolResult(str(name), output.content, output.error, seconds, output.truncated, output.retries)
 
-    def _run(self, name: object, arguments: object) -> Output:
+    def _run(self, name: object, arguments: object) -> Answer:
         tool = self._tools.get(name) if isinstance(name, str) else None
         if tool is None:
             names = list(self._tools)
@@ -114,7 +121,7 @@ class Toolbox:
         checked = tool.check(arguments)
         runner = self._runner(tool)
         try:
-            with turn_of(tool):
+            with _turn_of(tool):
                 return runner.call(checked)
         except TimeoutError:
             lost = "; its state is lost" if tool.injected else ""
@@ -126,7 +133,13 @@ class Toolbox:
     def _runner(self, tool: Tool) -> Runner:
         runner = self._runners.get(tool.name)
         if runner is None:
-            runner = self._runners[tool.name] = make_runner(tool, self._sharing if tool.shared else None)
+            if tool.isolation is Isolation.PROCESS:
+                from opd_env.tools.run.process import process_runner
+
+                runner = process_runner(tool)
+            else:
+                runner = ThreadRunner(tool, self._sharing if tool.shared else None)
+            self._runners[tool.name] = runner
         return runner
 
     def shared(self, state: Shared) -> Any:
@@ -183,7 +196,26 @@ class Toolbox:
     def __enter__(self) -> Toolbox:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_turns: WeakKeyDictionary[Tool, threading.Semaphore] = WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _turns_lock
+    _turns_lock = threading.Lock()
+    _turns.clear()  # turns that other threads of the parent had taken are not ours to wait for
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _turn_of(tool: Tool) -> AbstractContextManager[Any]:
+    """Waits until fewer than ``tool.max_concurrent`` calls are running. That ends: each call has its time limit."""
+    if tool.max_concurrent is None:
+        return nullcontext()
+    with _turns_lock:
+        return _turns.setdefault(tool, threading.Semaphore(tool.max_concurrent))

@@ -39,7 +39,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from opd_env.tools.schema import read_signature
-from opd_env.tools.shared import Shared
 from opd_env.tools.validation import check_arguments, make_validator
 
 if TYPE_CHECKING:
@@ -49,6 +48,34 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _MIN_OUTPUT_CHARS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A state that several tools share: made once for each episode, at the first call of any of them.
+
+    All tools that name this very object get the same::
+
+        basket = Shared(list)
+
+        @tool(state=basket, mutates_state=True)
+        def add(item: str, state: list[str]) -> str: ...
+
+        @tool(state=basket)
+        def show(state: list[str]) -> list[str]: ...
+
+    ``state=list`` on both would give each tool its own list: two tools that name one class need not mean one thing by
+    it. A ``Shared`` goes wherever a factory does (``state=``, ``Injected``), and not with ``isolation="process"``: no
+    two processes have one object. Tools of a toolbox that share anything have one event loop, and lose together all
+    that they were given when a call of one of them is ended by its time limit.
+    """
+
+    make: Callable[[], Any]
+    """May be ``async``; a ``close()`` of what it makes is called when the episode ends."""
+
+    def __call__(self) -> Any:
+        """Makes one, as the kit does."""
+        return self.make()
 
 
 class Isolation(StrEnum):

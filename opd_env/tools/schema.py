@@ -33,6 +33,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -40,7 +41,6 @@ from enum import Enum
 from typing import Any, Literal, NotRequired, Required, Union
 
 from opd_env.errors import did_you_mean
-from opd_env.tools.docstring import parse_docstring
 
 JSONSchema = dict[str, Any]
 Convert = Callable[[Any], Any]
@@ -52,6 +52,8 @@ _SIMPLE: dict[object, str] = {
     bool: "boolean",
     type(None): "null",
 }
+_SECTION = re.compile(r"(Args|Arguments|Parameters|Returns|Yields|Raises|Examples?|Notes?|Attributes|References):\s*")
+_ENTRY = re.compile(r"\*{0,2}(\w+)(?:\s*\([^)]*\))?:(?:\s+|$)(.*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,34 @@ def read_signature(function: Callable[..., Any], hidden: Collection[str] = ()) -
         raise ValueError("; ".join(problems))
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     return Signature(description, schema, _convert_fields(converts) or dict, injected)
+
+
+def parse_docstring(docstring: str) -> tuple[str, dict[str, str]]:
+    """Splits a Google docstring into its description and the descriptions of the arguments.
+
+    Line breaks inside a paragraph become spaces, paragraphs stay apart. Unlike the package ``docstring_parser``, it
+    takes any text: a tool is not refused for an odd line under ``Raises:``.
+    """
+    description: list[str] = []
+    arguments: dict[str, str] = {}
+    section, indent, current = "", 0, ""
+    for line in inspect.cleandoc(docstring).splitlines():
+        text = line.strip()
+        if _SECTION.fullmatch(line):
+            section, indent, current = text.rstrip(":"), 0, ""
+        elif not section:
+            description.append(text)
+        elif section in ("Args", "Arguments", "Parameters") and text:
+            depth = len(line) - len(line.lstrip())
+            indent = indent or depth
+            entry = _ENTRY.fullmatch(text) if depth == indent else None
+            if entry:
+                current, text = entry[1], entry[2]
+                arguments[current] = text
+            elif current:
+                arguments[current] = f"{arguments[current]} {text}".strip()
+    paragraphs = "\n".join(description).strip().split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs), arguments
 
 
 def _mark(hint: Any) -> Injected | None:

@@ -4,7 +4,7 @@ They are the same for every kind of tool: sync or async, in a thread or a proces
 
 Worked example::
 
-    for check in exercise_tool(get_tool("calculator"), [{"expression": "6*7"}]):
+    for check in try_tool(get_tool("calculator"), [{"expression": "6*7"}]):
         print(check.passed, check.name, check.detail)
     # True schema 1 parameter, all described; survives JSON
     # True refuses wrong arguments 5 of 5 bad calls refused
@@ -28,8 +28,8 @@ from typing import Any
 
 from opd_env.tools.box import Toolbox, ToolResult
 from opd_env.tools.contract import Tool
-from opd_env.tools.errors import ToolErrorKind
 from opd_env.tools.run.time_limit import threads_left_behind
+from opd_env.tools.tool_error import ToolErrorKind
 
 _SHOWN_CHARS = 200
 _LONG_ENOUGH_S = 0.02
@@ -55,7 +55,7 @@ class Check:
     detail: str
 
 
-def exercise_tool(tool: Tool, examples: Sequence[Mapping[str, Any]] = ()) -> list[Check]:
+def try_tool(tool: Tool, examples: Sequence[Mapping[str, Any]] = ()) -> list[Check]:
     """Looks at a tool's schema, and calls it with bad arguments, then with good ones in two episodes.
 
     Args:

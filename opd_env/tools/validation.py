@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from opd_env.errors import did_you_mean
-from opd_env.tools.errors import ToolError, ToolErrorKind
+from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from opd_env.tools import Tool, Toolbox, get_tool, list_tools, register_tool, registry, tool
+from opd_env.tools import Tool, Toolbox, catalogue, get_tool, list_tools, register_tool, tool
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
 
 @pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+def _own_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "_registered", {})
 
 
 def no_docstring(n: int) -> int:
@@ -272,8 +272,8 @@ def test_a_name_is_taken_once() -> None:
 
 
 def entry_points(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
-    found = [EntryPoint(name, value, registry.ENTRY_POINT_GROUP) for name, value in points]
-    monkeypatch.setattr(registry, "entry_points", lambda group: found if group == registry.ENTRY_POINT_GROUP else [])
+    found = [EntryPoint(name, value, catalogue.ENTRY_POINT_GROUP) for name, value in points]
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: found if group == catalogue.ENTRY_POINT_GROUP else [])
 
 
 def test_other_packages_offer_tools_and_a_broken_one_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from opd_env.tools import Toolbox, tool
-from opd_env.tools.docstring import parse_docstring
-from opd_env.tools.schema import read_signature
+from opd_env.tools.schema import parse_docstring, read_signature
 
 
 class Colour(Enum):
@@ -214,3 +213,8 @@ def test_a_docstring_splits_into_description_and_arguments() -> None:
 def test_a_docstring_without_arguments_is_all_description() -> None:
     assert parse_docstring("Says hello: to all.") == ("Says hello: to all.", {})
     assert parse_docstring("") == ("", {})
+
+
+def test_an_odd_line_of_a_docstring_refuses_no_tool() -> None:
+    odd = "Adds.\n\nArgs:\n    two numbers\n    *a: the first\n\nNote:\n    b: is none\n\nRaises:\n    when it cannot"
+    assert parse_docstring(odd) == ("Adds.", {"a": "the first"})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_env.tools import registry
+from opd_env.tools import catalogue
 from opd_env.tools.run import process
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def test_the_example_runs(heading: str, monkeypatch: pytest.MonkeyPatch) -> None
     if "mount_mcp" in example and importlib.util.find_spec("mcp") is None:
         pytest.skip("needs the extra mcp")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(catalogue, "_registered", {})
     monkeypatch.setenv("SHOP_KEY", "is set by the example")
     assert "assert " in example
     exec(compile(example, heading, "exec"), {"__name__": "__main__"})

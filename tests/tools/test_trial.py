@@ -1,4 +1,4 @@
-"""``exercise_tool`` passes sound tools and finds what is wrong with others."""
+"""``try_tool`` passes sound tools and finds what is wrong with others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from opd_env.tools import Tool, ToolError, ToolErrorKind, get_tool, tool
-from opd_env.tools import trial as exercise
+from opd_env.tools import Tool, ToolError, ToolErrorKind, get_tool, tool, trial
 from opd_env.tools.run import process
-from opd_env.tools.trial import Check, exercise_tool
+from opd_env.tools.trial import Check, try_tool
 
 OBJECT = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 7}}, "required": ["n"]}
 
@@ -28,16 +27,16 @@ def make(function: Any, **options: Any) -> Tool:
 
 
 def test_the_kits_own_tools_pass() -> None:
-    checks = exercise_tool(get_tool("calculator"), [{"expression": "6*7"}, {"expression": "1/3"}])
+    checks = try_tool(get_tool("calculator"), [{"expression": "6*7"}, {"expression": "1/3"}])
     assert failed(checks) == []
     assert [check.detail for check in checks if check.name.startswith("answers {")] == ["42", "0.3333333333"]
     search = get_tool("search", passages=[{"text": "a word"}])
-    assert failed(exercise_tool(search, [{"query": "word"}])) == []
+    assert failed(try_tool(search, [{"query": "word"}])) == []
 
 
 def test_arguments_are_made_up_when_there_are_no_examples() -> None:
     seen: list[int] = []
-    checks = exercise_tool(make(lambda n: seen.append(n)))
+    checks = try_tool(make(lambda n: seen.append(n)))
     assert failed(checks) == []
     assert seen == [7], "the smallest number that the schema allows, once: the tool is not said to be deterministic"
 
@@ -46,10 +45,10 @@ def test_a_tools_own_error_about_made_up_arguments_is_no_failure_but_about_an_ex
     def refuse(n: int) -> None:
         raise ToolError(ToolErrorKind.EXCEPTION, "no such record")
 
-    checks = exercise_tool(make(refuse))
+    checks = try_tool(make(refuse))
     assert failed(checks) == []
     assert "these arguments are made up: an error is accepted" in checks[2].detail
-    assert failed(exercise_tool(make(refuse), [{"n": 8}])) == ['answers {"n":8}']
+    assert failed(try_tool(make(refuse), [{"n": 8}])) == ['answers {"n":8}']
 
 
 @pytest.mark.parametrize(
@@ -68,8 +67,8 @@ def test_a_tools_own_error_about_made_up_arguments_is_no_failure_but_about_an_ex
 def test_what_would_spoil_a_run_is_found(
     function: Any, options: dict[str, Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exercise, "_MAY_GO_ON_S", 0.1)
-    assert found in failed(exercise_tool(make(function, **options)))
+    monkeypatch.setattr(trial, "_MAY_GO_ON_S", 0.1)
+    assert found in failed(try_tool(make(function, **options)))
 
 
 class Unclosable:
@@ -98,7 +97,7 @@ async def wait(n: int) -> int:
     ids=["async", "process", "state"],
 )
 def test_sound_tools_of_every_kind_pass(one: Tool) -> None:
-    checks = exercise_tool(one, [{"n": 8}])
+    checks = try_tool(one, [{"n": 8}])
     process._idle.clear()
     assert failed(checks) == []
     names = [check.name for check in checks]
@@ -113,13 +112,13 @@ def test_tools_of_an_mcp_server_pass() -> None:
     rogue = str(Path(__file__).with_name("mcp") / "mcp_rogue.py")
     with mount_mcp([sys.executable, "-S", rogue, ""]) as server:
         for one in server:
-            assert failed(exercise_tool(one, [{"how": "well"}])) == []
+            assert failed(try_tool(one, [{"how": "well"}])) == []
 
 
 @pytest.mark.parametrize("more", [True, {"type": "integer"}])
 def test_a_schema_that_is_open_on_purpose_is_not_called_faulty(more: object) -> None:
     schema = {"type": "object", "additionalProperties": more, "properties": {"n": {}}}
-    assert failed(exercise_tool(make(lambda **given: 1, parameters=schema))) == []
+    assert failed(try_tool(make(lambda **given: 1, parameters=schema))) == []
 
 
 class Once:
@@ -134,4 +133,4 @@ def once(state: Once) -> bool:
 
 
 def test_state_starts_anew_for_each_episode() -> None:
-    assert failed(exercise_tool(once)) == []
+    assert failed(try_tool(once)) == []

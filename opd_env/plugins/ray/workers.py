@@ -37,11 +37,11 @@ from opd_env.errors import UserError
 from opd_env.plugins.ray.sandbox import RaySandbox
 from opd_env.tools.builtin.python import run_programs_by
 from opd_env.tools.contract import Tool
-from opd_env.tools.errors import ToolError, ToolErrorKind
 from opd_env.tools.redaction import secret_values
-from opd_env.tools.run.output import Output
-from opd_env.tools.run.process import START_TIMEOUT_S, ProcessRunner, copy_of
-from opd_env.tools.run.thread import CLOSE_TIMEOUT_S, run_processes_by
+from opd_env.tools.run.answer import Answer
+from opd_env.tools.run.process import START_TIMEOUT_S, ProcessRunner, copy_of, run_processes_by
+from opd_env.tools.run.thread import CLOSE_TIMEOUT_S
+from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
 _ATTEMPTS = 3
 """Actors that a call is given one after the other, if they die."""
@@ -82,7 +82,7 @@ class RayRunner:
         self._actor: Any = None
         self._calls: list[Mapping[str, Any]] = []
 
-    def call(self, arguments: Mapping[str, Any]) -> Output:
+    def call(self, arguments: Mapping[str, Any]) -> Answer:
         """Where no actor can work it is a ToolError of kind ``sandbox``."""
         import ray
 
@@ -103,7 +103,7 @@ class RayRunner:
             if self._tool.injected:
                 self._actor = actor
                 # After a time-out or the death of its process the state is given up.
-                self._calls = [*self._calls, arguments] if isinstance(reply, Output) else []
+                self._calls = [*self._calls, arguments] if isinstance(reply, Answer) else []
             else:
                 _give_back(self._tool, actor)
             if reply is None:
@@ -134,7 +134,7 @@ class ToolActor:
         sys.path += [folder for folder in path if folder not in sys.path]
         self._runner = ProcessRunner(pickle.loads(tool))
 
-    def call(self, arguments: Mapping[str, Any]) -> Output | ToolError | None:
+    def call(self, arguments: Mapping[str, Any]) -> Answer | ToolError | None:
         """What the call gave; None when its time was up."""
         try:
             return self._runner.call(arguments)
@@ -172,12 +172,12 @@ def _give_back(tool: Tool, actor: Any) -> None:
     _idle.setdefault(tool, []).append(actor)
 
 
-def _ask(reference: Any, tool: Tool) -> Output | ToolError | None:
+def _ask(reference: Any, tool: Tool) -> Answer | ToolError | None:
     import ray
 
     limit_s = tool.timeout_s + 2 * START_TIMEOUT_S
     try:
-        reply: Output | ToolError | None = ray.get(reference, timeout=limit_s)
+        reply: Answer | ToolError | None = ray.get(reference, timeout=limit_s)
     except ray.exceptions.GetTimeoutError as error:
         raise ToolError(ToolErrorKind.SANDBOX, f"the cluster gave no answer within {limit_s:g} s") from error
     return reply

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from opd_env.tools.contract import tool
-from opd_env.tools.errors import ToolError, ToolErrorKind
+from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
 MAX_CHARS = 1000
 """Longest expression."""

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from opd_env.tools.contract import Tool, tool
-from opd_env.tools.errors import ToolError, ToolErrorKind
 from opd_env.tools.sandbox import (
     ExecResult,
     Level,
@@ -37,6 +36,7 @@ from opd_env.tools.sandbox import (
 )
 from opd_env.tools.sandbox.base import check_files
 from opd_env.tools.sandbox.read_back import shorten
+from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
 MAX_OUTPUT_CHARS = 4000
 """Characters of output that the model is shown; the middle of a longer text is cut out."""

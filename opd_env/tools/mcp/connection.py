@@ -30,7 +30,6 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CONNECTION_CLOSED
 
 from opd_env.errors import UserError
-from opd_env.tools.errors import ToolError, ToolErrorKind
 from opd_env.tools.mcp.transports import (
     MAX_MESSAGE_BYTES,
     TOO_LONG,
@@ -41,7 +40,8 @@ from opd_env.tools.mcp.transports import (
     stdio_transport,
 )
 from opd_env.tools.redaction import RedactingFilter, forms_of, redact
-from opd_env.tools.run.output import encodable
+from opd_env.tools.run.answer import encodable
+from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -32,9 +32,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from opd_env.tools.catalogue import register_tool
 from opd_env.tools.contract import Tool
 from opd_env.tools.redaction import secret_values
-from opd_env.tools.registry import register_tool
 
 if TYPE_CHECKING:
     from opd_env.tools.mcp.connection import Connection

@@ -36,15 +36,15 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from opd_env.tools.contract import Tool
-from opd_env.tools.errors import ToolError, ToolErrorKind
-from opd_env.tools.run.output import Output, encode_error
-from opd_env.tools.run.thread import CLOSE_TIMEOUT_S, ToolCode
+from opd_env.tools.run.answer import Answer, encode_error
+from opd_env.tools.run.thread import CLOSE_TIMEOUT_S, Runner, ToolCode
+from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
@@ -99,7 +99,7 @@ class ToolProcess:
             self.kill()
             raise ToolError(ToolErrorKind.SANDBOX, f"the tool's process did not start: {started.content}")
 
-    def ask(self, request: bytes, timeout_s: float) -> Output:
+    def ask(self, request: bytes, timeout_s: float) -> Answer:
         """Sends a request and returns the answer.
 
         Raises:
@@ -161,8 +161,8 @@ class ProcessRunner:
         self._tool = tool
         self._process: ToolProcess | None = None
 
-    def call(self, arguments: Mapping[str, Any]) -> Output:
-        """See ``Runner.call``; a process that dies is a ToolError of kind ``exception``."""
+    def call(self, arguments: Mapping[str, Any]) -> Answer:
+        """Runs one call; a process that dies is a ToolError of kind ``exception``."""
         process, self._process = self._process or _take(self._tool), None
         output = process.ask(json.dumps(arguments).encode(), self._tool.timeout_s)
         if not self._tool.injected:
@@ -172,7 +172,7 @@ class ProcessRunner:
         return output
 
     def end_episode(self) -> None:
-        """See ``Runner.end_episode``."""
+        """Closes the state; the process may serve another episode."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -182,6 +182,20 @@ class ProcessRunner:
             logger.warning("closing the state of tool %s failed: %s", self._tool.name, error)
         else:
             _give_back(self._tool, process)
+
+
+_make_runner: Callable[[Tool], Runner] = ProcessRunner
+
+
+def process_runner(tool: Tool) -> Runner:
+    """What runs the tool in a process, here or in a cluster."""
+    return _make_runner(tool)
+
+
+def run_processes_by(make: Callable[[Tool], Runner] | None) -> None:
+    """Lets something else run the tools that ask for a process, such as a cluster; None takes it back."""
+    global _make_runner
+    _make_runner = make or ProcessRunner
 
 
 _copies: WeakKeyDictionary[Tool, bytes] = WeakKeyDictionary()
@@ -203,11 +217,11 @@ def _give_back(tool: Tool, process: ToolProcess) -> None:
     _idle.setdefault(tool, []).append(process)
 
 
-def _output_of(reply: object) -> Output:
+def _output_of(reply: object) -> Answer:
     """A reply, which the tool may have written itself."""
     match reply:
         case [str() as content, str() | None as kind, bool() as truncated, int() as retries]:
-            return Output(content, None if kind is None else ToolErrorKind(kind), truncated, retries)
+            return Answer(content, None if kind is None else ToolErrorKind(kind), truncated, retries)
     raise ValueError("no reply of ours")
 
 
@@ -221,13 +235,12 @@ def _kill(process: subprocess.Popen[bytes], channel: socket.socket, owner: int) 
 
 
 def main() -> None:
-    """The child: ``python -c … PATHS DESCRIPTOR``. Reads the tool, then answers requests until the parent
-    is gone."""
+    """The child: ``python -c … PATHS DESCRIPTOR``. Reads the tool, then answers until the parent is gone."""
     descriptor = int(sys.argv[2])
     os.set_inheritable(descriptor, False)
     connection, owner = Connection(descriptor), os.getpid()
 
-    def answer(output: Output) -> None:
+    def answer(output: Answer) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if os.getpid() != owner:
             os._exit(1)  # the tool forked and this is the child: it must not answer too
@@ -239,7 +252,7 @@ def main() -> None:
         answer(encode_error(error))
         return
     code = ToolCode(tool)
-    answer(Output(""))
+    answer(Answer(""))
     while True:
         try:
             arguments = json.loads(connection.recv_bytes())
@@ -248,7 +261,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, tool.timeout_s + 1)  # ends this process even when the parent cannot
         if arguments is None:
             code.close()
-            answer(Output(""))
+            answer(Answer(""))
         else:
             answer(code.call(arguments))
             if not tool.injected:

@@ -1,7 +1,6 @@
-"""Runs a tool's code, in a thread of this process or in a process of its own.
+"""A tool's code with what it was given for one episode (``ToolCode``), and a time limit around it (``ThreadRunner``).
 
-``ToolCode`` is the code with what it was given for one episode; ``ThreadRunner`` puts a time limit around it. A tool
-that asks for ``isolation="process"`` gets a ``ProcessRunner`` (``opd_env.tools.run.process``) instead.
+A tool with ``isolation="process"`` has its ``ToolCode`` in a child (``opd_env.tools.run.process``).
 
 Test it alone: ``pytest tests/tools/run/test_limits.py tests/tools/test_tool_options.py``
 """
@@ -11,20 +10,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
-from opd_env.tools.contract import Isolation, Tool
+from opd_env.tools.contract import Shared, Tool
 from opd_env.tools.redaction import redact, secrets_of
-from opd_env.tools.run.output import Output, encode_error, encode_output
+from opd_env.tools.run.answer import Answer, encode_answer, encode_error
 from opd_env.tools.run.time_limit import TimeUp, run_with_limit
-from opd_env.tools.shared import Shared
 
 if TYPE_CHECKING:
     import asyncio
@@ -42,7 +37,7 @@ _CANCEL_TIMEOUT_S = 0.5
 class Runner(Protocol):
     """Runs the calls of one tool in one episode after the other."""
 
-    def call(self, arguments: Mapping[str, Any]) -> Output:
+    def call(self, arguments: Mapping[str, Any]) -> Answer:
         """Runs one call with checked arguments.
 
         Raises:
@@ -51,66 +46,6 @@ class Runner(Protocol):
 
     def end_episode(self) -> None:
         """Closes what the episode was given; the next call makes it anew."""
-
-
-_make_process_runner: Callable[[Tool], Runner] | None = None
-
-
-def run_processes_by(make: Callable[[Tool], Runner] | None) -> None:
-    """Lets something else run the tools that ask for a process, such as a cluster; None takes it back."""
-    global _make_process_runner
-    _make_process_runner = make
-
-
-def make_runner(tool: Tool, episode: Episode | None = None) -> Runner:
-    """The runner that the tool asks for.
-
-    Args:
-        tool: what it runs.
-        episode: what the tool and others of its toolbox share; None for a tool that shares nothing.
-    """
-    if tool.isolation is Isolation.THREAD:
-        return ThreadRunner(tool, episode)
-    if _make_process_runner is not None:
-        return _make_process_runner(tool)
-    from opd_env.tools.run.process import ProcessRunner
-
-    return ProcessRunner(tool)
-
-
-def prepare(tool: Tool) -> None:
-    """Finds out early what would let every call of the tool fail.
-
-    Raises:
-        ValueError: the tool cannot be copied into the process that it asks for.
-        SecretMissing: an environment variable that it needs is not set.
-    """
-    secrets_of(tool)
-    if tool.isolation is Isolation.PROCESS:
-        from opd_env.tools.run.process import copy_of
-
-        copy_of(tool)
-
-
-_turns: WeakKeyDictionary[Tool, threading.Semaphore] = WeakKeyDictionary()
-_turns_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _turns_lock
-    _turns_lock = threading.Lock()
-    _turns.clear()  # turns that other threads of the parent had taken are not ours to wait for
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def turn_of(tool: Tool) -> AbstractContextManager[Any]:
-    """Waits until fewer than ``tool.max_concurrent`` calls are running. That ends: each call has its time limit."""
-    if tool.max_concurrent is None:
-        return nullcontext()
-    with _turns_lock:
-        return _turns.setdefault(tool, threading.Semaphore(tool.max_concurrent))
 
 
 class Given:
@@ -122,11 +57,6 @@ class Given:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.loop_is_free = threading.RLock()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether there may be something to close."""
-        return bool(self.values) or self.loop is not None
-
 
 class Episode:
     """The tools that were given something together: one tool, or all of a toolbox that share anything."""
@@ -137,12 +67,7 @@ class Episode:
 
 
 class ToolCode:
-    """A tool's function together with what it was given for one episode. Ends nothing by itself but coroutines.
-
-    Args:
-        tool: whose function it is.
-        episode: what is given is taken from there, and kept there.
-    """
+    """A tool's function, with what it was given for one episode. Ends nothing by itself but coroutines."""
 
     def __init__(self, tool: Tool, episode: Episode | None = None) -> None:
         episode = episode or Episode([tool])
@@ -152,13 +77,13 @@ class ToolCode:
         self._secrets = sorted({one for each in episode.tools for one in secrets_of(each)}, key=len, reverse=True)
         self._deadline = 0.0
 
-    def call(self, arguments: Mapping[str, Any]) -> Output:
+    def call(self, arguments: Mapping[str, Any]) -> Answer:
         """Runs one call, again if it may be; whatever the code raises becomes an error for the student."""
         self._deadline = time.monotonic() + self.tool.timeout_s + _GRACE_S
         pause, attempt = FIRST_RETRY_S, 0
         while True:
             try:
-                output = encode_output(self._value(arguments), self.tool.max_output_chars, self._secrets)
+                output = encode_answer(self._value(arguments), self.tool.max_output_chars, self._secrets)
                 return dataclasses.replace(output, retries=attempt)
             except TimeUp:
                 raise  # nobody waits for an answer any more, and logging could be hit by the next one
@@ -245,8 +170,8 @@ class ThreadRunner:
         self._episode = episode or Episode([tool])
         self._code = ToolCode(tool, self._episode)
 
-    def call(self, arguments: Mapping[str, Any]) -> Output:
-        """See ``Runner.call``."""
+    def call(self, arguments: Mapping[str, Any]) -> Answer:
+        """Runs one call."""
         return self._limited(self._current(), lambda code: code.call(arguments))
 
     def shared(self, state: Shared) -> Any:
@@ -272,10 +197,10 @@ class ThreadRunner:
             raise
 
     def end_episode(self) -> None:
-        """See ``Runner.end_episode``. A ``close()`` that hangs is ended like a call."""
+        """Closes what the episode was given. A ``close()`` that hangs is ended like a call."""
         code = self._current()
         self._episode.given = Given()  # a call that was left behind keeps the old one
-        if not code.given.is_open:
+        if not code.given.values and code.given.loop is None:  # nothing to close
             return
         try:
             run_with_limit(code.close, CLOSE_TIMEOUT_S)

@@ -41,7 +41,7 @@ class TimeUp(BaseException):
     """Raised inside a function whose time is up."""
 
 
-class _Worker(threading.Thread):
+class _ToolThread(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="opd-env-tool", daemon=True)
         self.jobs: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[tuple[bool, Any]]]] = SimpleQueue()
@@ -78,15 +78,15 @@ class _Worker(threading.Thread):
 def _may_hold_a_lock(thread: int) -> bool:
     """Whether the function that runs in a worker is inside a module whose locks an exception could leave locked."""
     frame = sys._current_frames().get(thread)
-    while frame is not None and frame.f_code is not _Worker._work.__code__:
+    while frame is not None and frame.f_code is not _ToolThread._work.__code__:
         if str(frame.f_globals.get("__name__")).partition(".")[0] in _LOCKING:
             return True
         frame = frame.f_back
     return False
 
 
-_idle: list[_Worker] = []
-_ending: list[_Worker] = []
+_idle: list[_ToolThread] = []
+_ending: list[_ToolThread] = []
 os.register_at_fork(after_in_child=_idle.clear)  # a fork has one thread: the others' names are stale
 os.register_at_fork(after_in_child=_ending.clear)
 
@@ -107,7 +107,7 @@ def run_with_limit(function: Callable[[], T], timeout_s: float) -> T:
     try:
         worker = _idle.pop()
     except IndexError:
-        worker = _Worker()
+        worker = _ToolThread()
     reply: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
     worker.jobs.put((function, reply))
     try:

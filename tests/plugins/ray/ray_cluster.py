@@ -8,7 +8,7 @@ from typing import Any
 
 from opd_env.plugins.ray import connect_ray
 from opd_env.tools.builtin.python import run_programs_by
-from opd_env.tools.run.thread import run_processes_by
+from opd_env.tools.run.process import run_processes_by
 
 
 @contextmanager

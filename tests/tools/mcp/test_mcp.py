@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from opd_env.tools import Toolbox, ToolErrorKind, get_tool
-from opd_env.tools import registry as tool_registry
+from opd_env.tools import catalogue as tool_catalogue
 from opd_env.tools.mcp import tools as mcp
 from opd_env.tools.mcp.tools import MountedServer, mount_mcp, register_mcp_servers
 from opd_env.tools.redaction import SecretMissing
@@ -140,7 +140,7 @@ def test_a_server_that_is_gone_for_good_is_not_the_students_fault(tmp_path: Path
 def test_servers_of_a_settings_file_are_mounted_once_and_named_like_other_tools(
     key: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tool_registry, "_registered", {})
+    monkeypatch.setattr(tool_catalogue, "_registered", {})
     servers = {"shop": {"server": [sys.executable, SHOP], "prefix": "shop_"}}
     register_mcp_servers(servers)
     register_mcp_servers(servers)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from opd_env.tools import Tool, Toolbox, ToolError, ToolErrorKind, ToolResult
-from opd_env.tools.run.output import MAX_JSON_CHARS
+from opd_env.tools.run.answer import MAX_JSON_CHARS
 from opd_env.tools.run.time_limit import run_with_limit, threads_left_behind
 
 NO_ARGUMENTS = {"type": "object", "properties": {}}

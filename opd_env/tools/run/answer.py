@@ -2,8 +2,8 @@
 
 Worked example::
 
-    encode_output({"total": 3, "names": ["a"]}, max_chars=4000)    # Output('{"total":3,"names":["a"]}')
-    encode_output("x" * 9000, max_chars=4000).truncated            # True; the text ends in a marker
+    encode_answer({"total": 3, "names": ["a"]}, max_chars=4000)    # Answer('{"total":3,"names":["a"]}')
+    encode_answer("x" * 9000, max_chars=4000).truncated            # True; the text ends in a marker
 
 Test it alone: ``pytest tests/tools/run/test_limits.py``
 """
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd_env.tools.errors import ToolError, ToolErrorKind
 from opd_env.tools.redaction import redact
+from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
 MAX_JSON_CHARS = 1_000_000
 """A JSON value longer than this is an error: the few characters that the student could see would mean
@@ -28,7 +28,7 @@ _HOST_PATH = re.compile(r"(?<![\w/.:])/(?:[^\s/'\":,]+/)+[^\s/'\":,]*")
 
 
 @dataclass(frozen=True)
-class Output:
+class Answer:
     """Text for the student."""
 
     content: str
@@ -38,7 +38,7 @@ class Output:
     """Attempts that failed before this came of the call."""
 
 
-def encode_output(value: object, max_chars: int, secrets: Sequence[str] = ()) -> Output:
+def encode_answer(value: object, max_chars: int, secrets: Sequence[str] = ()) -> Answer:
     """Text as it is, any other JSON value as compact JSON; cut to ``max_chars``, marker included.
 
     Args:
@@ -61,10 +61,10 @@ def encode_output(value: object, max_chars: int, secrets: Sequence[str] = ()) ->
             message = f"the tool returned {len(text)} characters of JSON; the limit is {MAX_JSON_CHARS}"
             raise ToolError(ToolErrorKind.OUTPUT_LIMIT, message)
     text = redact(text, secrets)
-    return Output(without_surrogates(_cut(text, max_chars)), truncated=len(text) > max_chars)
+    return Answer(without_surrogates(_cut(text, max_chars)), truncated=len(text) > max_chars)
 
 
-def encode_error(error: BaseException, max_chars: int = 4000, secrets: Sequence[str] = ()) -> Output:
+def encode_error(error: BaseException, max_chars: int = 4000, secrets: Sequence[str] = ()) -> Answer:
     """The error's fixed-format JSON. There is no traceback, and paths of this machine are taken out.
 
     Args:
@@ -76,18 +76,18 @@ def encode_error(error: BaseException, max_chars: int = 4000, secrets: Sequence[
         return _encode_error(error, max_chars, secrets)
     except BaseException:  # its __str__ or fields are hostile
         failure = ToolError(ToolErrorKind.EXCEPTION, "the tool raised an exception that cannot be shown")
-        return Output(failure.content, failure.kind)
+        return Answer(failure.content, failure.kind)
 
 
-def _encode_error(error: BaseException, max_chars: int, secrets: Sequence[str]) -> Output:
+def _encode_error(error: BaseException, max_chars: int, secrets: Sequence[str]) -> Answer:
     if isinstance(error, ToolError):
         message = redact(str(error.message), secrets)
         cut = ToolError(error.kind, without_surrogates(_cut(message, max_chars)))
-        return Output(cut.content, cut.kind, len(message) > max_chars)
+        return Answer(cut.content, cut.kind, len(message) > max_chars)
     text = _one_line(error, secrets)
     name = redact(type(error).__name__, secrets)[:_MAX_NAME_CHARS]
     failure = ToolError(ToolErrorKind.EXCEPTION, f"{name}: {text}" if text else name)
-    return Output(failure.content, failure.kind)
+    return Answer(failure.content, failure.kind)
 
 
 def _cut(text: str, max_chars: int) -> str:
