@@ -297,17 +297,16 @@ def tally(trajectories: Iterable[Trajectory]) -> Tally:
         stops[one.stop_reason] += 1
         errors.update(str(call.error) for call in one.calls if call.error is not None)
         repairs.update(repair for call in one.calls for repair in call.repairs)
-    given_P = {name: [by_problem.get(place, []) for place in range(len(sums))] for name, by_problem in scores.items()}
+
+    def added_up(given: Mapping[int, list[float]]) -> Fraction:
+        pairs = [(sum(given[place]), len(given[place])) for place in range(len(sums))]
+        return Fraction(*np.array(pairs, dtype=np.float64).T)
+
     return Tally(
         played=dict(played),
         questions=questions,
         sums=dict(zip(_COLUMNS, np.reshape(sums, (len(sums), len(_COLUMNS))).T, strict=True)),
-        scores={
-            name: Fraction(
-                np.array([sum(values, 0.0) for values in lists]), np.array([float(len(values)) for values in lists])
-            )
-            for name, lists in sorted(given_P.items())
-        },
+        scores={name: added_up(scores[name]) for name in sorted(scores)},
         votes=tuple(votes),
         difficulties=tuple(difficulty for difficulty, _ in about),
         categories=tuple(category for _, category in about),
@@ -326,9 +325,9 @@ def fractions(table: Tally) -> dict[str, Fraction]:
     """
     found = {"accuracy": Fraction(table.sums["correct"], table.sums["episodes"])}
     if table.samples > 1:
-        played = list(zip(table.sums["episodes"].astype(int), table.sums["correct"].astype(int), strict=True))
+        played = list(table.played.values())
         for k in powers_of_two(table.samples):
-            found[f"pass@{k}"] = _known([pass_at_k(episodes, correct, k) for episodes, correct in played])
+            found[f"pass@{k}"] = _known([pass_at_k(len(ones), sum(one.correct for one in ones), k) for ones in played])
         if any(answer is not None for answers in table.votes for answer in answers):
             for k in powers_of_two(table.samples)[1:]:
                 found[f"majority@{k}"] = _known([majority_at_k(answers, k) for answers in table.votes])
