@@ -28,7 +28,7 @@ from opd_env.engines.models import load_tokenizer
 from opd_env.formats import TemplateFormat, get_format
 from opd_env.formats.check import check_format
 from opd_env.messages import ToolCall, assistant
-from opd_env.trainer.teachers.spans import align
+from opd_env.trainer.teachers.cross_tokenizer import align
 from tests.formats.families import FAMILIES
 
 SMOLLM2 = [

@@ -50,7 +50,7 @@ from opd_env.trainer.run.processes import Heartbeat, on_main
 from opd_env.trainer.run.rollouts import StepEpisodes, StepProblems, StepRollouts
 from opd_env.trainer.run.setup import leave, make_accelerator, make_parts, sandbox_levels, start_trackers
 from opd_env.trainer.run.sft import warm_start
-from opd_env.trainer.teachers.shift import check_teacher
+from opd_env.trainer.teachers.make import check_teacher
 
 
 class OPDTrainer:

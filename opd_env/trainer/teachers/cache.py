@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -30,13 +29,13 @@ from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import TrainingError
 from opd_env.trainer.batch import Row
 from opd_env.trainer.math.logprobs import TopKScores
-from opd_env.trainer.teachers.base import Teacher, TopKTeacher, by_trajectory
+from opd_env.trainer.teachers.base import Scores, Teacher, joined, scores_by_trajectory
 
 FILE = "teacher_logprobs.sqlite"
 
 
 class CachedTeacher:
-    """Asks another teacher only for what has not been scored before.
+    """A ``TopKTeacher`` that asks another teacher only for what has not been scored before.
 
     Args:
         teacher: what to ask.
@@ -63,34 +62,16 @@ class CachedTeacher:
         self.hits = self.misses = 0
 
     def score(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """See ``Teacher``."""
-        return self._cached(trajectories, "sampled", lambda missing: (self._teacher.score(missing),))[0]
+        return self._cached(trajectories, None)[0]
 
     def score_topk(self, trajectories: Sequence[Trajectory], k: int) -> TopKScores:
-        """See ``TopKTeacher``.
+        return TopKScores(*self._cached(trajectories, k))
 
-        Raises:
-            TrainingError: the teacher gives one log-prob per token only.
-        """
-        teacher = self._teacher
-        if not isinstance(teacher, TopKTeacher):
-            raise TrainingError(f"the teacher {teacher.name} gives one log-prob per token; set estimator=sampled")
-
-        def score(missing: Sequence[Trajectory]) -> tuple[Tensor, ...]:
-            top = teacher.score_topk(missing, k)
-            return top.logprobs_N, top.topk_ids_NK, top.topk_logprobs_NK
-
-        return TopKScores(*self._cached(trajectories, f"topk {k}", score))
-
-    def _cached(
-        self,
-        trajectories: Sequence[Trajectory],
-        what: str,
-        score: Callable[[Sequence[Trajectory]], tuple[Tensor, ...]],
-    ) -> tuple[Tensor, ...]:
+    def _cached(self, trajectories: Sequence[Trajectory], k: int | None) -> Scores:
         if not trajectories:
-            return score(trajectories)
-        keys = [self._key(self._rows([one]), what) for one in trajectories]
+            return joined(scores_by_trajectory(self._teacher, trajectories, k))
+        what = "sampled" if k is None else f"topk {k}"
+        keys = [self._key(self._rows([trajectory]), what) for trajectory in trajectories]
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self._file, timeout=60)) as database:
@@ -98,19 +79,18 @@ class CachedTeacher:
                 found = {key: known for key in keys if (known := _read(database, key))}
                 missing = {key: one for key, one in zip(keys, trajectories, strict=True) if key not in found}
                 if missing:
-                    asked = list(missing.values())
-                    columns = [by_trajectory(self._teacher, asked, column) for column in score(asked)]
-                    new = dict(zip(missing, zip(*columns, strict=True), strict=True))
+                    scores = scores_by_trajectory(self._teacher, list(missing.values()), k)
+                    new = dict(zip(missing, scores, strict=True))
                     database.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?)", map(_entry, new.items()))
                     database.commit()
                     found |= new
         except (sqlite3.Error, OSError, SafetensorError) as error:
             raise TrainingError(
                 f"the teacher's log-probs cannot be kept in {self._file}: {error}; free space, remove the file if it "
-                "is damaged, or leave teacher_cache out"
+                "is damaged, or leave teacher.cache out"
             ) from error
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
-        return tuple(torch.cat(column) for column in zip(*(found[key] for key in keys), strict=True))
+        return joined([found[key] for key in keys])
 
     def _key(self, rows: Sequence[Row], what: str) -> str:
         """Of all rows of an episode."""
@@ -122,11 +102,11 @@ class CachedTeacher:
         return digest.hexdigest()
 
 
-def _read(database: sqlite3.Connection, key: str) -> tuple[Tensor, ...] | None:
+def _read(database: sqlite3.Connection, key: str) -> Scores | None:
     row = database.execute("SELECT value FROM scores WHERE key = ?", (key,)).fetchone()
     return None if row is None else tuple(column for _, column in sorted(load(row[0]).items()))
 
 
-def _entry(item: tuple[str, tuple[Tensor, ...]]) -> tuple[str, bytes]:
+def _entry(item: tuple[str, Scores]) -> tuple[str, bytes]:
     key, columns = item
     return key, save({str(number): column.contiguous() for number, column in enumerate(columns)})

@@ -2,13 +2,13 @@
 
 Worked example::
 
-    teacher = CrossTokenizerTeacher(load_model("gemma"), student_chat, ExampleLookup([task, eval_task]))
+    teacher = CrossTokenizerTeacher(load_model("gemma"), student_chat, ExampleFinder([task, eval_task]))
     teacher.score_spans(trajectories).span_N       # [0, 1, 1, 2, 2, 3, …]: tokens that are judged together
 
 If the two families write calls differently, the teacher's prompt describes the tools as the student's format does,
 because it has to judge calls in the student's syntax, and tool results come as user messages. Each turn is then the
 student's text, cut by the teacher's tokenizer.
-Both cuts share some boundaries; between two of them lies a *span* (``spans``). With S and T the sums of the student's
+Both cuts share some boundaries; between two of them lies a *span* (``align``). With S and T the sums of the student's
 and the teacher's log-probs over a span, log u = T - S, and the span is one outcome for the divergence: all its tokens
 get the advantage of its log u. The end-of-turn tokens of the two are a span of their own.
 
@@ -16,7 +16,7 @@ What is approximate: T counts only the teacher's usual way to cut a span, which 
 and where a span ends may depend on what follows it. Both vanish as the tokenizers agree: with equal ones every span is
 one token, and the result is that of ``LocalTeacher``.
 
-Test it alone: ``pytest tests/trainer/teachers/test_cross_tokenizer.py``
+Test it alone: ``pytest tests/trainer/teachers/test_cross_tokenizer.py tests/trainer/teachers/test_spans.py``
 """
 
 from __future__ import annotations
@@ -35,12 +35,56 @@ from opd_env.engines.models import LoadedModel
 from opd_env.episode.trajectory import Trajectory, TurnRecord
 from opd_env.formats import TemplateFormat, get_format
 from opd_env.formats.base import TokenKind
+from opd_env.formats.token_text import Decoded
 from opd_env.messages import tool_message, user
 from opd_env.tools import Tool, Toolbox
 from opd_env.trainer.batch import Row
 from opd_env.trainer.teachers.base import LocalTeacher
-from opd_env.trainer.teachers.lookup import ExampleLookup
-from opd_env.trainer.teachers.spans import align
+from opd_env.trainer.teachers.prompts import ExampleFinder
+
+
+class Aligned(NamedTuple):
+    """Spans of one text, numbered from 0 in order."""
+
+    student_N: NDArray[np.int64]
+    """Span of each of the student's tokens; never falls."""
+    teacher_M: NDArray[np.int64]
+    """Span of each of the teacher's tokens; never falls."""
+    num_spans: int
+
+
+def align(student: Decoded, teacher: Decoded) -> Aligned:
+    """Smallest stretches of a text that both tokenizers cut alike, of at least one token each::
+
+        student  ["The", " answer", " is", " 4", "2", "."]
+        teacher  ["The", " ans", "wer is", " 42", "."]
+        spans     0      1         1        2     2    3          boundaries that both have: 3, 13, 16, 17
+
+    Args:
+        student: a turn as the student's tokens.
+        teacher: the same text as the teacher's tokens. A tokenizer may put a space before it; one that changes it
+            otherwise (by normalising Unicode, say) makes the whole turn one span.
+    """
+    ends_N, ends_M = _ends(student), _ends(teacher)
+    shift = len(teacher.text) - len(student.text)
+    if not teacher.text.endswith(student.text) or teacher.text[:shift].strip():
+        return Aligned(np.zeros_like(ends_N), np.zeros_like(ends_M), 1)
+    ends_M = np.maximum(ends_M - _WIDEST * shift, 0)
+    shared = np.intersect1d(ends_N, ends_M)
+    shared = shared[shared > 0]
+    return Aligned(np.searchsorted(shared, ends_N), np.searchsorted(shared, ends_M), len(shared))
+
+
+_WIDEST = 4
+"""Bytes of the widest character."""
+
+
+def _ends(decoded: Decoded) -> NDArray[np.int64]:
+    """Where each token ends: the character, times 4, plus the byte within it. A byte that is not UTF-8 is a character
+    of one byte here and U+FFFD, of three, in the teacher's text; so bytes alone would not match."""
+    stops = decoded.byte_of_token[1:]
+    chars = np.searchsorted(decoded.byte_of_char, stops, side="right") - 1
+    return _WIDEST * chars + stops - decoded.byte_of_char[chars]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +129,7 @@ class CrossTokenizerTeacher:
         self,
         loaded: LoadedModel,
         student_chat: TemplateFormat,
-        find: ExampleLookup,
+        find: ExampleFinder,
         tools: Sequence[str | Tool] | None = None,
         *,
         temperature: float = 1.0,
@@ -109,19 +153,15 @@ class CrossTokenizerTeacher:
         self._tools = tools
 
     def score(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """See ``Teacher``; of tokens that share a span only the sum means something."""
+        # Of tokens that share a span only the sum means something.
         return self.score_spans(trajectories).logprobs_N
 
     def score_spans(self, trajectories: Sequence[Trajectory]) -> SpanScores:
-        """Scores all sampled tokens.
-
-        Raises:
-            ValueError: an episode is longer than the teacher's context.
-        """
+        """Scores all sampled tokens; a ``ValueError`` if an episode is longer than the teacher's context."""
         readings = [self._read(trajectory) for trajectory in trajectories]
         offsets = np.cumsum([0, *(reading.num_spans for reading in readings)])
-        span_N = _joined([one.student_span_N + offset for one, offset in zip(readings, offsets, strict=False)])
-        span_M = _joined([one.teacher_span_M + offset for one, offset in zip(readings, offsets, strict=False)])
+        span_N = _joined([reading.student_span_N + offset for reading, offset in zip(readings, offsets, strict=False)])
+        span_M = _joined([reading.teacher_span_M + offset for reading, offset in zip(readings, offsets, strict=False)])
         teacher_M = self.local.score_rows([row for reading in readings for row in reading.rows])
         student_N = torch.from_numpy(
             np.concatenate([np.zeros(0, np.float32), *(one.logprobs[one.sampled] for one in trajectories)])
@@ -146,9 +186,9 @@ class CrossTokenizerTeacher:
                 own = trajectory.token_ids[turn.start : turn.stop].tolist()
                 ends = bool(own) and own[-1] in self._student_chat.stop_token_ids
                 decoded = self._student_chat.decoded(own[: len(own) - ends])
-                theirs = self.chat.render_turn(decoded.text)[: None if ends else -1]
+                retold = self.chat.render_turn(decoded.text)[: None if ends else -1]
                 if decoded.text:
-                    aligned = align(decoded, self.chat.decoded(theirs[: len(theirs) - ends]))
+                    aligned = align(decoded, self.chat.decoded(retold[: len(retold) - ends]))
                     spans_N.append(aligned.student_N + count)
                     spans_M.append(aligned.teacher_M + count)
                     count += aligned.num_spans
@@ -156,8 +196,8 @@ class CrossTokenizerTeacher:
                     spans_N.append(np.array([count]))
                     spans_M.append(np.array([count]))
                     count += 1
-                ids += theirs
-                sampled += [True] * len(theirs)
+                ids += retold
+                sampled += [True] * len(retold)
             rows.append(Row(np.asarray(ids, dtype=np.int32), np.asarray(sampled, dtype=np.bool_)))
             self.local.require_room(rows[-1], trajectory)
         return _Reading(rows, np.concatenate(spans_N), np.concatenate(spans_M), count)

@@ -23,6 +23,7 @@ from opd_env.engines.servers.client import RequestRefused, client_of
 from opd_env.engines.servers.protocol import score_tokens
 from opd_env.engines.servers.transport import is_url
 from opd_env.engines.vllm import VLLMEngine
+from opd_env.episode.trajectory import Trajectory
 from opd_env.errors import unknown
 from opd_env.formats import ChatFormat, TemplateFormat
 from opd_env.messages import user
@@ -32,16 +33,15 @@ from opd_env.tools import list_tools
 from opd_env.trainer.teachers.base import LocalTeacher, Prompt, Teacher
 from opd_env.trainer.teachers.cache import CachedTeacher
 from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
-from opd_env.trainer.teachers.fits import require_compatible
-from opd_env.trainer.teachers.lookup import ExampleLookup
-from opd_env.trainer.teachers.mixture import LocalMixture, Mixture
-from opd_env.trainer.teachers.prompts import DemonstrationFormat, TaskPrompts, play_demonstrations
-from opd_env.trainer.teachers.routing import NameRoute, RoutedTeacher
+from opd_env.trainer.teachers.fits import require_aligned, require_compatible
+from opd_env.trainer.teachers.many import LocalMixture, NameRoute, RoutedTeacher, TeacherMixture
+from opd_env.trainer.teachers.prompts import DemonstrationFormat, ExampleFinder, TaskPrompts, play_demonstrations
 from opd_env.trainer.teachers.served import ServerTeacher, VLLMTeacher
 from opd_env.trainer.teachers.settings import TeacherEngine, TeacherSettings
 
 Single = LocalTeacher | ServerTeacher | VLLMTeacher
 """A teacher that is one model."""
+_CHECKED_EPISODES = 16
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def make_teachers(
         ValueError: a name is unknown, or a model does not fit the student.
         ModelUnavailable: a model cannot be loaded.
     """
-    task, find = tasks[0], ExampleLookup(tasks)
+    task, find = tasks[0], ExampleFinder(tasks)
 
     def model(name: str) -> LoadedModel:
         home = torch.device("cpu") if settings.offload else device
@@ -191,7 +191,7 @@ def _mixture(
     """The members as one. Where log-probs suffice, each remembers its own, so that weights can change."""
     weights = [settings.mixture[name] for name in members]
     if needs.topk_tokens is None:
-        return Mixture([_remembering(settings, needs, one) for one in members.values()], weights)
+        return TeacherMixture([_remembering(settings, needs, one) for one in members.values()], weights)
     local = [one for one in members.values() if isinstance(one, LocalTeacher)]
     mixture = LocalMixture(local, weights, device=device, vocab_size=vocab_size, temperature=needs.temperature)
     if settings.cache is None:
@@ -251,3 +251,23 @@ def _require_known_routes(settings: TeacherSettings, needs: Needs, task: Task) -
     for name in settings.routes:
         if name not in known:
             raise ConfigError(f"teacher.routes: {unknown('tool or task of this run', name, dict.fromkeys(known))}")
+
+
+def check_teacher(teachers: Teachers, trajectories: Sequence[Trajectory], untrained: str | None = None) -> None:
+    """Applies ``require_aligned`` to the first episodes that a run plays, for every teacher that scores them.
+
+    Args:
+        teachers: of the run. Scores of a teacher with another tokenizer are sums over spans, and are left alone.
+        trajectories: played before the first update of this process.
+        untrained: the student's model, if the student is still as it was loaded; a teacher of that name is its copy.
+
+    Raises:
+        ValueError: the scores do not fit.
+    """
+    if isinstance(teachers.scorer, CrossTokenizerTeacher):
+        return
+    first = list(trajectories[:_CHECKED_EPISODES])
+    for name, member in teachers.members.items():
+        same_model = name == untrained and not teachers.extra_tokens
+        require_aligned(name, first, member.score(first), same_model=same_model)
+    require_aligned(teachers.scorer.name, first, teachers.scorer.score(first))

@@ -5,7 +5,7 @@ student's own turns, token for token. Demonstrations are expert episodes of the 
 tools::
 
     chat = DemonstrationFormat(get_format(tokenizer), play_demonstrations(task, get_format(tokenizer), count=2))
-    prompts = TaskPrompts(ExampleLookup([task]), chat, answer=True)         # … and the gold answer
+    prompts = TaskPrompts(ExampleFinder([task]), chat, answer=True)         # … and the gold answer
     teacher = LocalTeacher(load_model("smollm2"), vocab_size=chat.vocab_size, prompt=prompts)
 
 Test it alone: ``pytest tests/trainer/teachers/test_prompts.py``
@@ -13,7 +13,7 @@ Test it alone: ``pytest tests/trainer/teachers/test_prompts.py``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +26,31 @@ from opd_env.formats.base import Exchange
 from opd_env.messages import Message, user
 from opd_env.tasks import Example, Task
 from opd_env.tools import Tool, Toolbox
-from opd_env.trainer.teachers.lookup import ExampleLookup
+
+
+class ExampleFinder:
+    """Which example of which task a trajectory was played on, found by its id and question (two splits may use one
+    id for different questions).
+
+    Args:
+        tasks: where the trajectories come from: the training task, and the one that is evaluated on. They are read
+            only as far as a search has to go.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._names = " and ".join(f"{task.name!r} ({task.split})" for task in tasks)
+        self._known: dict[tuple[str, str], tuple[Task, Example]] = {}
+        self._rest: Iterator[tuple[Task, Example]] = ((task, example) for task in tasks for example in task)
+
+    def __call__(self, trajectory: Trajectory) -> tuple[Task, Example]:
+        """The task and the example; a ``ValueError`` if the trajectory is not of these tasks."""
+        key = (trajectory.example_id, trajectory.question)
+        while key not in self._known:
+            found = next(self._rest, None)
+            if found is None:
+                raise ValueError(f"task {self._names} has no example {trajectory.example_id!r} with this question")
+            self._known[found[1].id, found[1].messages[-1]["content"]] = found
+        return self._known[key]
 
 
 def play_demonstrations(
@@ -45,7 +69,7 @@ def play_demonstrations(
         if len(found) > count:
             return found
     raise ValueError(
-        f"teacher_demonstrations={count} needs {count + 1} examples of task {task.name!r} with an expert whose calls "
+        f"teacher.demonstrations={count} needs {count + 1} examples of task {task.name!r} with an expert whose calls "
         f"all work; there are {len(found)}"
     )
 
@@ -78,7 +102,6 @@ class DemonstrationFormat(ChatFormat):
         return sum(len(played.token_ids) for _, played in self._demonstrations)
 
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """See ``ChatFormat``."""
         ids = self.render_conversation(messages, (), tools)
         if ids is None:
             raise ValueError("the chat template refuses the conversation of the demonstrations; leave them out")
@@ -87,7 +110,7 @@ class DemonstrationFormat(ChatFormat):
     def render_conversation(
         self, messages: Sequence[Message], exchanges: Sequence[Exchange], tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int] | None:
-        """See ``ChatFormat``. The demonstrations are the first turns of the conversation."""
+        # The demonstrations are the first turns of the conversation.
         *opening, question = messages
         chosen = [entry for entry in self._demonstrations if entry[0]["content"] != question["content"]]
         chosen = chosen[: len(self._demonstrations) - 1]
@@ -99,27 +122,21 @@ class DemonstrationFormat(ChatFormat):
         return self._chat.render_conversation([*opening, chosen[0][0]], [*shown, *exchanges], tools)
 
     def user_message(self, message: Message) -> Rendered:
-        """See ``ChatFormat``."""
         return self._chat.user_message(message)
 
     def render_assistant(self, message: Message) -> list[int]:
-        """See ``ChatFormat``."""
         return self._chat.render_assistant(message)
 
     def tool_results(self, messages: Sequence[Message]) -> Rendered:
-        """See ``ChatFormat``."""
         return self._chat.tool_results(messages)
 
     def parse(self, ids: Sequence[int]) -> ParsedTurn:
-        """See ``ChatFormat``."""
         return self._chat.parse(ids)
 
     def parse_text(self, text: str) -> ParsedTurn:
-        """See ``ChatFormat``."""
         return self._chat.parse_text(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See ``ChatFormat``."""
         return self._chat.decode(ids)
 
 
@@ -136,7 +153,7 @@ class TaskPrompts:
 
     def __init__(
         self,
-        find: ExampleLookup,
+        find: ExampleFinder,
         chat: ChatFormat,
         tools: Sequence[str | Tool] | None = None,
         *,
@@ -148,11 +165,7 @@ class TaskPrompts:
         self._answer = answer
 
     def __call__(self, trajectory: Trajectory) -> list[list[int]]:
-        """Token ids for each row of the trajectory; see ``Prompt``.
-
-        Raises:
-            ValueError: the trajectory is not of these tasks, or its example has no gold answer to tell.
-        """
+        """Token ids for each row (``base.Prompt``); a ``ValueError`` if ``find`` or ``with_answer`` refuses."""
         task, example = self._find(trajectory)
         ids = trajectory.token_ids.tolist()
         before = [[turn for turn in trajectory.turns if turn.start < start] for start in trajectory.row_starts]
@@ -166,20 +179,16 @@ class TaskPrompts:
         if ids is None:
             raise ValueError(
                 f"the chat template refuses the conversation of example {example.id!r} of task {task.name!r} with what "
-                "the teacher is told; leave out teacher_demonstrations and teacher_sees_answer"
+                "the teacher is told; leave out teacher.demonstrations and teacher.sees_answer"
             )
         return ids
 
 
 def with_answer(task: Task, example: Example) -> tuple[Message, ...]:
-    """The example's messages, with the gold answer at the end of the question.
-
-    Raises:
-        ValueError: there is no gold answer.
-    """
+    """The example's messages, with the gold answer at the end of the question; a ``ValueError`` without an answer."""
     if not example.answer:
         raise ValueError(
-            f"teacher_sees_answer: example {example.id!r} of task {task.name!r} has no gold answer; leave it out"
+            f"teacher.sees_answer: example {example.id!r} of task {task.name!r} has no gold answer; leave it out"
         )
     *opening, question = example.messages
     told = f"{question['content']}\n\n(The correct answer is {example.answer}. Work it out all the same.)"

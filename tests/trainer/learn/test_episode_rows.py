@@ -31,8 +31,7 @@ from opd_env.trainer.run.sft import sft, supervised_objective
 from opd_env.trainer.teachers.base import LocalTeacher
 from opd_env.trainer.teachers.cache import CachedTeacher
 from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
-from opd_env.trainer.teachers.lookup import ExampleLookup
-from opd_env.trainer.teachers.prompts import DemonstrationFormat, TaskPrompts, with_answer
+from opd_env.trainer.teachers.prompts import DemonstrationFormat, ExampleFinder, TaskPrompts, with_answer
 from opd_env.trainer.teachers.served import ServerTeacher
 from tests.engines.fake_vllm import FakeVLLM
 from tests.episode.test_user_turns import Talk
@@ -198,7 +197,7 @@ def talk(chat=QWEN, turns=("no", "no", "yes")) -> Trajectory:
 
 def test_a_teacher_that_sees_the_answer_sees_it_in_every_row():
     trajectory = talk()
-    prompts = TaskPrompts(ExampleLookup([ToyTalk()]), QWEN, answer=True)
+    prompts = TaskPrompts(ExampleFinder([ToyTalk()]), QWEN, answer=True)
     rows = rows_of(trajectory, prompts(trajectory))
     told = with_answer(ToyTalk(), ToyTalk()[0])[0]["content"]
     for number, (row, own) in enumerate(zip(rows, rows_of(trajectory), strict=True)):
@@ -212,7 +211,7 @@ def test_demonstrations_stand_before_every_row():
     played = [(user(f"Shown {n}?"), talk()) for n in range(2)]
     chat = DemonstrationFormat(QWEN, played)
     trajectory = talk()
-    rows = rows_of(trajectory, TaskPrompts(ExampleLookup([ToyTalk()]), chat)(trajectory))
+    rows = rows_of(trajectory, TaskPrompts(ExampleFinder([ToyTalk()]), chat)(trajectory))
     for number, row in enumerate(rows):
         text = QWEN.decode(row.token_ids_T.tolist())
         before, question, after = text.partition("Well, train?")
@@ -229,7 +228,7 @@ def test_a_teacher_of_the_same_family_reads_as_one_of_another_family_would():
     """With one tokenizer and template the spans of text are the tokens, in every row."""
     trajectory = talk()
     model = LoadedModel(tiny_llama(len(family_tokenizer("Qwen 3")), seed=5), family_tokenizer("Qwen 3"), "tiny")
-    scores = CrossTokenizerTeacher(model, QWEN, ExampleLookup([ToyTalk()])).score_spans([trajectory])
+    scores = CrossTokenizerTeacher(model, QWEN, ExampleFinder([ToyTalk()])).score_spans([trajectory])
     assert scores.span_N.tolist() == list(range(trajectory.num_sampled))
     straight = LocalTeacher(model, vocab_size=QWEN.vocab_size).score([trajectory])
     torch.testing.assert_close(scores.logprobs_N, straight, rtol=1e-4, atol=1e-5)
@@ -239,7 +238,7 @@ def test_a_teacher_of_another_family_reads_only_the_thoughts_that_a_row_holds():
     trajectory = talk()
     tokenizer = family_tokenizer("Gemma 3")
     model = LoadedModel(tiny_llama(len(tokenizer), seed=5), tokenizer, "gemma")
-    other = CrossTokenizerTeacher(model, QWEN, ExampleLookup([ToyTalk()]))
+    other = CrossTokenizerTeacher(model, QWEN, ExampleFinder([ToyTalk()]))
     reading = other._read(trajectory)
     assert len(reading.rows) == 3
     for number, row in enumerate(reading.rows):

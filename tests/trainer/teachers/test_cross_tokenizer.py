@@ -21,7 +21,7 @@ from opd_env.trainer.math.advantages import advantage
 from opd_env.trainer.run.setup import make_parts
 from opd_env.trainer.teachers.base import LocalTeacher
 from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
-from opd_env.trainer.teachers.lookup import ExampleLookup
+from opd_env.trainer.teachers.prompts import ExampleFinder
 from tests.formats.families import family_tokenizer
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.settings import objective_for
@@ -51,13 +51,13 @@ def played(turns=TURNS, count=2):
 def other_teacher(name="Gemma 3", seed=3):
     tokenizer = family_tokenizer(name)
     model = tiny_llama(seed=seed, vocab_size=len(tokenizer), initializer_range=0.3)
-    return CrossTokenizerTeacher(LoadedModel(model, tokenizer, name), CHAT, ExampleLookup([load_task("toy_sums")]))
+    return CrossTokenizerTeacher(LoadedModel(model, tokenizer, name), CHAT, ExampleFinder([load_task("toy_sums")]))
 
 
 def test_with_the_students_own_tokenizer_every_token_is_a_span_scored_as_ever():
     trajectories = played()
     model = loaded(5, spread=0.5)
-    scores = CrossTokenizerTeacher(model, CHAT, ExampleLookup([load_task("toy_sums")])).score_spans(trajectories)
+    scores = CrossTokenizerTeacher(model, CHAT, ExampleFinder([load_task("toy_sums")])).score_spans(trajectories)
     assert scores.span_N.tolist() == list(range(sum(one.num_sampled for one in trajectories)))
     torch.testing.assert_close(scores.logprobs_N, LocalTeacher(model, vocab_size=CHAT.vocab_size).score(trajectories))
 
@@ -227,7 +227,7 @@ def test_the_packaged_teacher_scores_the_same_through_spans():
     task = load_task("arithmetic")
     engine = LocalEngine(load_model("packaged:student").model, chat.stop_token_ids, chat.vocab_size)
     trajectories = rollout(task, engine, chat, indices=range(8), tool_workers=0).trajectories
-    scores = CrossTokenizerTeacher(model, chat, ExampleLookup([task])).score_spans(trajectories)
+    scores = CrossTokenizerTeacher(model, chat, ExampleFinder([task])).score_spans(trajectories)
     ours = LocalTeacher(model, vocab_size=chat.vocab_size).score(trajectories)
     # Where the student cut a text otherwise than the tokenizer would, one span holds several tokens.
     _, span_N = scores.span_N.unique(return_inverse=True)

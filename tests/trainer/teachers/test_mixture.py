@@ -20,7 +20,7 @@ from opd_env.settings.fields import ConfigError
 from opd_env.trainer.math.divergences import get_divergence
 from opd_env.trainer.run.loop import OPDTrainer
 from opd_env.trainer.teachers.base import LocalTeacher
-from opd_env.trainer.teachers.mixture import LocalMixture, Mixture
+from opd_env.trainer.teachers.many import LocalMixture, TeacherMixture
 from tests.engines.fake_vllm import FakeVLLM
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.counted import VOCABULARY, World, transformer
@@ -68,7 +68,7 @@ def test_log_probs_and_top_k_are_those_of_the_weighted_mean(temperature: float) 
     q_NV = naive(ones, temperature)
     right_N = q_NV.gather(1, targets_of(EPISODES)[:, None])[:, 0].float()
     whole = local(*ones, temperature=temperature)
-    for teacher in (Mixture(ones, WEIGHTS), whole):
+    for teacher in (TeacherMixture(ones, WEIGHTS), whole):
         assert teacher.name == "0.7 × t5 + 0.1 × t6 + 0.2 × t7"
         torch.testing.assert_close(teacher.score(EPISODES), right_N, rtol=1e-4, atol=1e-5)
         assert teacher.score([]).shape == (0,)
@@ -82,7 +82,7 @@ def test_a_teacher_mixed_with_itself_or_with_almost_nothing_is_that_teacher() ->
     one, other, _ = members()
     alone_N = one.score(EPISODES)
     for weights, ones in (((0.3, 0.7), (one, one)), ((1.0,), (one,)), ((1 - 1e-9, 1e-9), (one, other))):
-        for teacher in (Mixture(ones, weights), local(*ones, weights=weights)):
+        for teacher in (TeacherMixture(ones, weights), local(*ones, weights=weights)):
             torch.testing.assert_close(teacher.score(EPISODES), alone_N, rtol=0, atol=2e-6)
 
 
@@ -96,9 +96,9 @@ def test_a_token_that_one_member_forbids_has_the_share_of_the_others() -> None:
         def score(self, trajectories: Any) -> Tensor:
             return torch.full((sum(one.num_sampled for one in trajectories),), self.logprob)
 
-    found_N = Mixture([Certain(-math.inf), Certain(-1.0)], (0.75, 0.25)).score(EPISODES)
+    found_N = TeacherMixture([Certain(-math.inf), Certain(-1.0)], (0.75, 0.25)).score(EPISODES)
     torch.testing.assert_close(found_N, torch.full_like(found_N, math.log(0.25) - 1.0))
-    assert Mixture([Certain(-math.inf)] * 2, (0.5, 0.5)).score(EPISODES).max() == -math.inf
+    assert TeacherMixture([Certain(-math.inf)] * 2, (0.5, 0.5)).score(EPISODES).max() == -math.inf
 
 
 def test_a_member_that_loses_a_token_is_named() -> None:
@@ -109,13 +109,13 @@ def test_a_member_that_loses_a_token_is_named() -> None:
             return torch.zeros(3)
 
     with pytest.raises(TrainingError, match="the teacher short gave 3 log-probs"):
-        Mixture([members()[0], Short()], (0.5, 0.5)).score(EPISODES)
+        TeacherMixture([members()[0], Short()], (0.5, 0.5)).score(EPISODES)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 0.6), (1.5, -0.5), (math.nan, 1.0), ()])
 def test_weights_that_make_no_distribution_are_refused(weights: Any) -> None:
     ones = members()[: len(weights)]
-    for make in (lambda: Mixture(ones, weights), lambda: local(*ones, weights=weights)):
+    for make in (lambda: TeacherMixture(ones, weights), lambda: local(*ones, weights=weights)):
         with pytest.raises(ValueError, match="must be positive and add up to 1"):
             make()
 
@@ -159,7 +159,7 @@ def test_the_expected_update_is_the_gradient_of_the_divergence_from_the_mixture(
     exact = decoder_gradient(world, world.objective(get_divergence(name), gamma, topk=topk))
     teachers: list[Any] = [local(*singles, weights=weights, vocabulary=VOCABULARY)]
     if estimator == "sampled" and baseline == "none":
-        teachers.append(Mixture(singles, weights))
+        teachers.append(TeacherMixture(singles, weights))
     for teacher in teachers:
         objective = objective_of(world, teacher, gamma=float(gamma), **settings)
         assert_equal_updates(expected_update(world, objective), exact)

@@ -14,10 +14,9 @@ from torch import Tensor
 from opd_env.errors import TrainingError
 from opd_env.evaluation.read_run import read_metrics
 from opd_env.trainer.run.loop import OPDTrainer
-from opd_env.trainer.teachers import offload
-from opd_env.trainer.teachers.base import LocalTeacher
-from opd_env.trainer.teachers.mixture import LocalMixture
-from opd_env.trainer.teachers.offload import on_device
+from opd_env.trainer.teachers import base
+from opd_env.trainer.teachers.base import LocalTeacher, on_device
+from opd_env.trainer.teachers.many import LocalMixture
 from tests.tiny import tiny_tokenizer
 from tests.trainer.toy import loaded, made_trajectory, toy_config
 
@@ -35,7 +34,7 @@ class Accelerator:
         self.names: dict[int, str] = {}
 
     def hold(self, module: torch.nn.Module, name: str) -> None:
-        for tensor in offload._tensors(module):
+        for tensor in base._tensors(module):
             resting = tensor.data
             tensor.data = torch.full_like(resting, torch.nan)
             self.true[tensor.data.data_ptr()] = resting
@@ -52,12 +51,12 @@ class Accelerator:
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
     one = Accelerator()
-    monkeypatch.setattr(offload, "_copied", one.copied)
+    monkeypatch.setattr(base, "_copied", one.copied)
     return one
 
 
 def resting(teacher: LocalTeacher) -> bool:
-    return all(bool(tensor.isnan().all()) for tensor in offload._tensors(teacher.loaded.model))
+    return all(bool(tensor.isnan().all()) for tensor in base._tensors(teacher.loaded.model))
 
 
 def make(seed: int, **config: Any) -> LocalTeacher:
@@ -79,10 +78,10 @@ def test_copies_of_one_phase_are_as_many_as_the_weights(accelerator: Accelerator
     accelerator.hold(teacher.loaded.model, "t5")
     copies: list[int] = []
     monkeypatch.setattr(
-        offload, "_copied", lambda data, device: copies.append(data.data_ptr()) or accelerator.copied(data, device)
+        base, "_copied", lambda data, device: copies.append(data.data_ptr()) or accelerator.copied(data, device)
     )
     teacher.score(EPISODES)
-    tensors = len(offload._tensors(teacher.loaded.model))
+    tensors = len(base._tensors(teacher.loaded.model))
     assert len(copies) == tensors + 1  # all, for the hidden states; then the head again, for the logits
 
 
@@ -109,7 +108,7 @@ def test_a_copy_that_fails_half_way_is_taken_back(monkeypatch: pytest.MonkeyPatc
         given.append(data.clone())
         return given[0]
 
-    monkeypatch.setattr(offload, "_copied", full)
+    monkeypatch.setattr(base, "_copied", full)
     with pytest.raises(torch.OutOfMemoryError), on_device(module, CPU):
         pytest.fail("not reached")
     assert [tensor.data_ptr() for tensor in module.parameters()] == before
@@ -146,14 +145,14 @@ def test_a_run_with_offload_is_bit_for_bit_the_run_without(
             def watched(*arguments: Any, update: Any = update, teacher: Any = teacher) -> Any:
                 """While the student learns, of the teacher at most the head is there."""
                 head = teacher.model.get_output_embeddings().weight
-                there = [t for t in offload._tensors(teacher.model) if not bool(t.isnan().all())]
+                there = [t for t in base._tensors(teacher.model) if not bool(t.isnan().all())]
                 assert [id(one) for one in there] == ([] if settings else [id(head)])
                 return update(*arguments)
 
             run.updater.update = watched  # type: ignore[method-assign]
         run.train()
         if name == "offloaded":
-            assert all(bool(t.isnan().all()) for t in offload._tensors(teacher.model))
+            assert all(bool(t.isnan().all()) for t in base._tensors(teacher.model))
         runs.append(run)
     one, other = (run.updater.parameters for run in runs)
     assert all(torch.equal(other[name], value) for name, value in one.items())
@@ -172,4 +171,4 @@ def test_a_failed_update_lets_the_head_go(tmp_path: Path, accelerator: Accelerat
     run.updater.update = lambda *_: (_ for _ in ()).throw(ValueError("no"))  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match="step 1: no"):
         run.train()
-    assert all(bool(tensor.isnan().all()) for tensor in offload._tensors(teacher.model))
+    assert all(bool(tensor.isnan().all()) for tensor in base._tensors(teacher.model))

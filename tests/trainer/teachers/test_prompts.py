@@ -12,8 +12,7 @@ from opd_env.messages import assistant, system, user
 from opd_env.tasks import Example, Grade, Task, load_task
 from opd_env.tools import Toolbox
 from opd_env.trainer import OPDTrainer
-from opd_env.trainer.teachers.lookup import ExampleLookup
-from opd_env.trainer.teachers.prompts import DemonstrationFormat, TaskPrompts, play_demonstrations
+from opd_env.trainer.teachers.prompts import DemonstrationFormat, ExampleFinder, TaskPrompts, play_demonstrations
 from tests.tiny import tiny_tokenizer
 from tests.trainer.toy import loaded, row_of, toy_config
 
@@ -51,7 +50,7 @@ def test_a_question_is_never_its_own_demonstration():
 @pytest.mark.parametrize("task", [TASK, HELD_OUT], ids=["train", "held out"])
 def test_a_teacher_reads_its_prompt_then_the_student_s_tokens(task):
     trajectory = play_expert(task, 3, CHAT)
-    prompts = TaskPrompts(ExampleLookup([TASK, HELD_OUT]), DemonstrationFormat(CHAT, PLAYED))
+    prompts = TaskPrompts(ExampleFinder([TASK, HELD_OUT]), DemonstrationFormat(CHAT, PLAYED))
     row = row_of(trajectory, prompts(trajectory))
     text = CHAT.decode(row.token_ids_T.tolist())
     assert text.endswith(f"{trajectory.question}<|im_end|>\n<|im_start|>assistant\n{student_turns(trajectory)}")
@@ -82,7 +81,7 @@ class Numbered(Task):
 
 def test_the_same_id_in_two_splits_keeps_its_own_question():
     tasks = [Numbered("train"), Numbered("test")]
-    prompts = TaskPrompts(ExampleLookup(tasks), CHAT)
+    prompts = TaskPrompts(ExampleFinder(tasks), CHAT)
     for task in reversed(tasks):
         assert f"A question of {task.split}?" in CHAT.decode(prompts(play_expert(task, 0, CHAT))[0])
 
@@ -90,11 +89,11 @@ def test_the_same_id_in_two_splits_keeps_its_own_question():
 def test_a_trajectory_of_another_task_is_refused():
     trajectory = play_expert(HELD_OUT, 0, CHAT)
     with pytest.raises(ValueError, match=rf"'arithmetic' \(train\) has no example '{trajectory.example_id}'"):
-        TaskPrompts(ExampleLookup([TASK]), CHAT)(trajectory)
+        TaskPrompts(ExampleFinder([TASK]), CHAT)(trajectory)
 
 
 def test_too_few_experts_are_refused():
-    with pytest.raises(ValueError, match=r"teacher_demonstrations=1 needs 2 examples .* there are 1"):
+    with pytest.raises(ValueError, match=r"teacher\.demonstrations=1 needs 2 examples .* there are 1"):
         play_demonstrations(Numbered("train"), CHAT, count=1)
 
 
@@ -119,4 +118,4 @@ def test_a_teacher_reads_the_tools_that_an_example_brings():
     task = OwnTools("train")
     trajectory = play_expert(task, 0, CHAT)
     assert "Tools: python" in CHAT.decode(trajectory.token_ids.tolist())
-    assert TaskPrompts(ExampleLookup([task]), CHAT)(trajectory) == [trajectory.token_ids[trajectory.turn == 0].tolist()]
+    assert TaskPrompts(ExampleFinder([task]), CHAT)(trajectory) == [trajectory.token_ids[trajectory.turn == 0].tolist()]

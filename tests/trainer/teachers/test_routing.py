@@ -7,8 +7,8 @@ import torch
 
 from opd_env.errors import TrainingError
 from opd_env.trainer.teachers.base import LocalTeacher
-from opd_env.trainer.teachers.lookup import ExampleLookup
-from opd_env.trainer.teachers.routing import NameRoute, RoutedTeacher
+from opd_env.trainer.teachers.many import NameRoute, RoutedTeacher
+from opd_env.trainer.teachers.prompts import ExampleFinder
 from tests.tiny import tiny_tokenizer
 from tests.trainer.toy import ToySums, loaded, made_trajectory
 
@@ -62,7 +62,7 @@ def test_a_problem_is_routed_by_the_tools_that_it_offers_then_by_its_task():
             return ("calculator",) if example.id.endswith(("1", "3")) else ()
 
     task = Sums("train")
-    find = ExampleLookup([task])
+    find = ExampleFinder([task])
     played = [replace(made_trajectory(seed), question=task[seed].messages[-1]["content"]) for seed in (1, 2, 3)]
     assert [NameRoute(["calculator"], find)(one) for one in played] == ["calculator", None, "calculator"]
     both = NameRoute(["toy_sums", "calculator"], find)

@@ -16,7 +16,7 @@ from opd_env.engines.models import LoadedModel
 from opd_env.episode.trajectory import Trajectory
 from opd_env.trainer.run.loop import OPDTrainer
 from opd_env.trainer.teachers.base import LocalTeacher
-from opd_env.trainer.teachers.shift import require_aligned
+from opd_env.trainer.teachers.fits import require_aligned
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainer.toy import loaded, made_trajectory, toy_config
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from opd_env.formats import get_format
 from opd_env.formats.token_text import Decoded
-from opd_env.trainer.teachers.spans import align
+from opd_env.trainer.teachers.cross_tokenizer import align
 from tests.formats.families import family_tokenizer
 from tests.tiny import tiny_tokenizer
 
