@@ -15,15 +15,13 @@ from typing import Any
 from opd_env.errors import unknown
 from opd_env.formats.base import ChatFormat, Rendered
 from opd_env.formats.chat_template import CALL, ChatTemplate
-from opd_env.formats.deepseek import DeepSeekFormat, parse_deepseek
 from opd_env.formats.hermes import HermesFormat, parse_hermes
-from opd_env.formats.kimi import KimiFormat, parse_kimi
 from opd_env.formats.llama import LlamaFormat, parse_llama
 from opd_env.formats.mistral import MistralFormat, parse_mistral
 from opd_env.formats.parse import ParsedCall, ParsedTurn, Span
-from opd_env.formats.pythonic import PythonicFormat, parse_pythonic
+from opd_env.formats.pythonic import PythonicFormat, ToolCodeFormat, parse_pythonic, parse_tool_code
+from opd_env.formats.sections import DeepSeekFormat, KimiFormat, parse_deepseek, parse_kimi
 from opd_env.formats.template import TemplateFormat
-from opd_env.formats.tool_code import ToolCodeFormat, parse_tool_code
 
 __all__ = [
     "FORMATS",
@@ -77,7 +75,7 @@ def get_format(tokenizer: Any, name: str | None = None, *, repair: bool = False)
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
         name: a key of ``FORMATS``, to choose another than that.
-        repair: put small faults of calls right when they are read, see ``opd_env.formats.repairs``. Each is listed
+        repair: put small faults of calls right when they are read, see ``opd_env.formats.json_calls``. Each is listed
             in its ``ParsedCall``; by default nothing is repaired.
 
     Raises:

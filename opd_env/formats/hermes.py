@@ -38,7 +38,7 @@ def parse_hermes(text: str, thinking: bool = False, repair: bool = False) -> Par
     Args:
         text: the assistant's turn without its end-of-turn token.
         thinking: the text begins inside a thinking block.
-        repair: put small faults right, see ``opd_env.formats.repairs``.
+        repair: put small faults right, see ``opd_env.formats.json_calls``.
     """
 
     def read(match: re.Match[str], blank: bool) -> Sequence[ParsedCall]:

@@ -73,7 +73,7 @@ class Parser(Protocol):
         Args:
             text: the assistant's turn without its end-of-turn token.
             thinking: the text begins inside a thinking block, which the prompt has opened.
-            repair: put small faults right, see ``opd_env.formats.repairs``.
+            repair: put small faults right, see ``opd_env.formats.json_calls``.
         """
         ...
 

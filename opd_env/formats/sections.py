@@ -18,9 +18,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, ClassVar
 
+from opd_env.formats.chat_template import KIMI_CALL_ID
 from opd_env.formats.json_calls import JSONProblem, check_call, decode_json, repaired_call, skip_space
 from opd_env.formats.parse import ParsedCall, ParsedTurn, Span, read_turn
+from opd_env.formats.template import TemplateFormat
+from opd_env.messages import ToolCall
 from opd_env.tools import ToolErrorKind
 
 
@@ -126,3 +130,111 @@ class Section:
         kind = ToolErrorKind.INVALID_JSON if closed else ToolErrorKind.UNTERMINATED
         message = f"the call is not {'readable' if closed else 'finished'}: {reason}; {self.example}"
         return ParsedCall(Span(start, stop), text[body:stop].strip(), error=kind, message=message)
+
+
+_NAME = r"[^\s<{`]{1,256}"
+_DEEPSEEK = Section(
+    begin="<｜tool▁calls▁begin｜>",
+    end="<｜tool▁calls▁end｜>",
+    call="<｜tool▁call▁begin｜>",
+    call_end="<｜tool▁call▁end｜>",
+    separator="<｜tool▁sep｜>",
+    head=rf"function\s*<｜tool▁sep｜>\s*(?P<fenced>{_NAME})\s*```json|(?P<name>{_NAME})\s*<｜tool▁sep｜>",
+    example="write a call in the form that the system message shows",
+)
+_TOOLS = """## Tools
+You can call these functions, given as JSON schemas:
+{{schemas}}
+
+To call functions, write nothing after them but this, with one call for each, directly one after the other:
+<｜tool▁calls▁begin｜>{call}<｜tool▁calls▁end｜>
+Arguments are a JSON object that fits the function's parameters. What the functions return is given to you next."""
+
+
+def parse_deepseek(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
+    """Takes a turn apart. Arguments as for ``parse_hermes``."""
+    return _DEEPSEEK.parse(text, thinking, repair)
+
+
+class DeepSeekFormat(TemplateFormat):
+    """DeepSeek V3, R1-0528 and V3.1: calls between marker tokens.
+
+    ::
+
+        <｜begin▁of▁sentence｜>Be brief.<｜User｜>What is 6 * 7?<｜Assistant｜></think>                prompt
+        <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>calculator<｜tool▁sep｜>{"expression": "6*7"}             sampled
+        <｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>
+        <｜tool▁output▁begin｜>42<｜tool▁output▁end｜>                                                  appended
+        The answer is 42.<｜end▁of▁sentence｜>                                                         sampled
+
+    V3, V3-0324 and R1-0528 write ``function<｜tool▁sep｜>name``, and the JSON in a fenced block. Both spellings are
+    read, whichever the template writes. The published templates write calls and results but do not describe the
+    tools: the kit does, at the end of the system message. They take arguments as JSON text.
+    """
+
+    name: ClassVar[str] = "deepseek"
+    parser = staticmethod(parse_deepseek)
+
+    def __init__(self, tokenizer: Any, repair: bool = False) -> None:
+        self._fenced = "```json" in str(tokenizer.chat_template)
+        shown = self._call("function_name", "arguments").replace("{", "{{").replace("}", "}}")
+        self.tool_section = _TOOLS.format(call=shown)
+        super().__init__(tokenizer, repair)
+
+    def _call(self, name: str, arguments: str) -> str:
+        head = f"function<｜tool▁sep｜>{name}\n```json\n" if self._fenced else f"{name}<｜tool▁sep｜>"
+        return f"<｜tool▁call▁begin｜>{head}{arguments}{chr(10) + '```' if self._fenced else ''}<｜tool▁call▁end｜>"
+
+    def write(self, content: str, calls: Sequence[ToolCall]) -> str:
+        """See ``TemplateFormat``."""
+        blocks = [self._call(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls]
+        section = f"{_DEEPSEEK.begin}{(chr(10) * self._fenced).join(blocks)}{_DEEPSEEK.end}"
+        return content + section if calls else content
+
+
+_KIMI = Section(
+    begin="<|tool_calls_section_begin|>",
+    end="<|tool_calls_section_end|>",
+    call="<|tool_call_begin|>",
+    call_end="<|tool_call_end|>",
+    separator="<|tool_call_argument_begin|>",
+    head=r"(?:functions\.)?(?P<name>[^\s<]{1,256}?):\d{1,9}\s*<\|tool_call_argument_begin\|>",
+    example=(
+        "write <|tool_calls_section_begin|><|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>{…}"
+        "<|tool_call_end|><|tool_calls_section_end|>"
+    ),
+)
+
+
+def parse_kimi(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
+    """Takes a turn apart. Arguments as for ``parse_hermes``."""
+    return _KIMI.parse(text, thinking, repair)
+
+
+class KimiFormat(TemplateFormat):
+    """Kimi K2: calls between marker tokens, named by identifiers such as ``functions.calculator:0``.
+
+    ::
+
+        <|im_user|>user<|im_middle|>What is 6 * 7?<|im_end|><|im_assistant|>assistant<|im_middle|>       prompt
+        <|tool_calls_section_begin|><|tool_call_begin|>functions.calculator:0                        sampled
+        <|tool_call_argument_begin|>{"expression": "6*7"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>
+        <|im_system|>calculator<|im_middle|>## Return of functions.calculator:0\\n42<|im_end|>             appended
+        <|im_assistant|>assistant<|im_middle|>
+        The answer is 42.<|im_end|>                                                                  sampled
+
+    A result names its call as the format numbers it, from 0 within the turn; numbers that the student makes up are read
+    over.
+    """
+
+    name: ClassVar[str] = "kimi"
+    parser = staticmethod(parse_kimi)
+
+    def write(self, content: str, calls: Sequence[ToolCall]) -> str:
+        """See ``TemplateFormat``."""
+        blocks = "".join(
+            f"{_KIMI.call}{KIMI_CALL_ID.format(name=call.name, index=index)}{_KIMI.separator}"
+            f"{json.dumps(call.arguments, ensure_ascii=False)}{_KIMI.call_end}"
+            for index, call in enumerate(calls)
+        )
+        return f"{content}{_KIMI.begin}{blocks}{_KIMI.end}" if calls else content

@@ -29,7 +29,7 @@ from functools import lru_cache
 
 from opd_env.messages import Message, ToolCall, assistant, tool_message, user
 from opd_env.tasks.base import Example, Grade, Task
-from opd_env.tasks.data.drawn import Drawn
+from opd_env.tasks.data.splits import Drawn
 from opd_env.tasks.graders.answers import grade_number
 from opd_env.tasks.registry import register_task
 

@@ -26,8 +26,7 @@ from typing import Any
 from opd_env.errors import unknown
 from opd_env.messages import Message, user
 from opd_env.tasks.base import Example, Grade, Task
-from opd_env.tasks.data.drawn import Drawn
-from opd_env.tasks.data.splits import SPLITS, split_of
+from opd_env.tasks.data.splits import SPLITS, Drawn, split_of
 
 SETS = (
     "aiw", "basic_arithmetic", "bitwise_arithmetic", "calendar_arithmetic", "chain_sum", "count_bits",

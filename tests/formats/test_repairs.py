@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_env.formats import parse_hermes, parse_llama, parse_mistral, parse_pythonic
-from opd_env.formats.repairs import repair_json
+from opd_env.formats.json_calls import repair_json
 
 
 def block(body: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_env.tasks import load_task, require_trainable
-from opd_env.tasks.math500 import last_boxed, normalise
+from opd_env.tasks.graders.boxed import last_boxed, normalise
 
 pytest.importorskip("math_verify", reason="needs the extra 'math'")
 from opd_env.tasks.graders.equivalence import MAX_CHARS, TIMEOUT_S, equivalent

@@ -37,8 +37,7 @@ from itertools import islice, zip_longest
 
 from opd_env.messages import Message, ToolCall, assistant, tool_message, user
 from opd_env.tasks.base import Example, Grade, Task
-from opd_env.tasks.countries.questions import LEVELS, all_questions
-from opd_env.tasks.countries.worlds import fictional_world, passages, real_world
+from opd_env.tasks.countries.questions import LEVELS, all_questions, fictional_world, passages, real_world
 from opd_env.tasks.data.splits import SPLITS
 from opd_env.tasks.graders.answers import grade_number
 from opd_env.tasks.registry import register_task

@@ -39,7 +39,7 @@ from opd_env.tools import Tool, get_tool
 
 
 def _math(answer: str | None, golds: Sequence[str]) -> Grade:
-    from opd_env.tasks.math500 import grade_math
+    from opd_env.tasks.graders.boxed import grade_math
 
     return grade_math(answer, golds[0])
 

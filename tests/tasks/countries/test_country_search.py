@@ -11,7 +11,7 @@ import pytest
 from opd_env.messages import calls_of
 from opd_env.tasks import load_task, require_trainable
 from opd_env.tasks.countries.country_search import SIZES
-from opd_env.tasks.countries.worlds import fictional_world, passages, real_world
+from opd_env.tasks.countries.questions import fictional_world, passages, real_world
 from opd_env.tools import Toolbox
 
 SPLITS = ("train", "validation", "test")

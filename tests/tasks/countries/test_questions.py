@@ -8,8 +8,14 @@ from fractions import Fraction
 
 import pytest
 
-from opd_env.tasks.countries.questions import LEVELS, MOST_NEIGHBOURS, all_questions
-from opd_env.tasks.countries.worlds import Country, fictional_world, real_world
+from opd_env.tasks.countries.questions import (
+    LEVELS,
+    MOST_NEIGHBOURS,
+    Country,
+    all_questions,
+    fictional_world,
+    real_world,
+)
 from opd_env.tasks.data.splits import split_of
 
 

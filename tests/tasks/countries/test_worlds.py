@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from opd_env.tasks.countries.worlds import Country, fictional_world, passages, real_world
+from opd_env.tasks.countries.questions import Country, fictional_world, passages, real_world
 from opd_env.tasks.data.splits import SPLITS, split_of
 
 
@@ -68,7 +68,7 @@ def test_another_seed_makes_another_world():
 
 @pytest.mark.parametrize("hash_seed", ["0", "1234"])
 def test_a_world_is_the_same_in_every_process(hash_seed):
-    code = "from opd_env.tasks.countries.worlds import fictional_world; print(fictional_world(7, 'train'))"
+    code = "from opd_env.tasks.countries.questions import fictional_world; print(fictional_world(7, 'train'))"
     environment = {"PYTHONHASHSEED": hash_seed}
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment

@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from opd_env.tasks.data.drawn import Drawn
+from opd_env.tasks.data.splits import Drawn
 
 
 def test_values_are_drawn_in_order_and_no_further_than_asked():

@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 
 from opd_env.messages import ToolCall, assistant
 from opd_env.tasks import load_task, require_trainable
-from opd_env.tasks.function_calls.tooluse68 import ToolUse68, functions_of, question_of
-from opd_env.tasks.function_calls.tooluse68_rules import match_calls, original_verdict, read_actions, read_gold, written
+from opd_env.tasks.function_calls.tooluse68 import (
+    ToolUse68,
+    functions_of,
+    match_calls,
+    original_verdict,
+    question_of,
+    read_actions,
+    read_gold,
+    written,
+)
 from tests.tasks.episodes import play
 
 DATA = Path(__file__).parents[3] / ".." / "shared" / "data" / "tooluse68"
