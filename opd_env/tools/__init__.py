@@ -1,9 +1,8 @@
-"""What a student can call: the tool contract, the registry, and the tools that come with the kit.
+"""What a student can call: the tool contract, tools by name, and the tools that come with the kit.
 
 Worked example::
 
-    from opd_env.tools import Toolbox
-    from opd_env.tools import tool
+    from opd_env.tools import Toolbox, tool
 
     @tool
     def add(a: int, b: int) -> int:
@@ -19,7 +18,8 @@ Worked example::
         toolbox.call("add", {"a": 1, "b": 2}).content        # '3'
         toolbox.call("add", {"a": "one"}).error              # ToolErrorKind.SCHEMA
 
-Test it alone: ``pytest tests/tools``
+Stands on ``errors`` alone. Read first: ``contract``, then ``box``. A newcomer may add to ``builtin``; ``run`` and
+``mcp`` change with their hostile tests, ``sandbox`` with its attacks. Test it alone: ``pytest tests/tools``
 """
 
 from __future__ import annotations

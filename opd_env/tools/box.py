@@ -26,6 +26,7 @@ from opd_env.tools.catalogue import get_tool
 from opd_env.tools.contract import Isolation, Shared, Tool
 from opd_env.tools.redaction import secrets_of
 from opd_env.tools.run.answer import Answer, encode_error
+from opd_env.tools.run.process import copy_of, process_runner
 from opd_env.tools.run.thread import Episode, Runner, ThreadRunner
 from opd_env.tools.tool_error import ToolError, ToolErrorKind
 
@@ -35,7 +36,7 @@ MAX_NAMES = 20
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What came of one call."""
+    """The result of one call."""
 
     name: str
     """The tool's name as the student wrote it."""
@@ -48,7 +49,7 @@ class ToolResult:
     truncated: bool = False
     """The answer was cut to the tool's ``max_output_chars``."""
     retries: int = 0
-    """Attempts that failed before this came of the call."""
+    """Attempts that failed before this one."""
 
     @property
     def ok(self) -> bool:
@@ -81,8 +82,6 @@ class Toolbox:
             self._tools[tool.name] = tool
             secrets_of(tool)
             if tool.isolation is Isolation.PROCESS:
-                from opd_env.tools.run.process import copy_of
-
                 copy_of(tool)
         self._runners: dict[str, Runner] = {}
         self._sharing = Episode([tool for tool in self if tool.shared])
@@ -104,11 +103,11 @@ class Toolbox:
         """
         start = time.perf_counter()
         try:
-            output = self._run(name, arguments)
+            answer = self._run(name, arguments)
         except ToolError as error:
-            output = encode_error(error)
+            answer = encode_error(error)
         seconds = time.perf_counter() - start
-        return ToolResult(str(name), output.content, output.error, seconds, output.truncated, output.retries)
+        return ToolResult(str(name), answer.content, answer.error, seconds, answer.truncated, answer.retries)
 
     def _run(self, name: object, arguments: object) -> Answer:
         tool = self._tools.get(name) if isinstance(name, str) else None
@@ -131,16 +130,11 @@ class Toolbox:
             raise ToolError(ToolErrorKind.TIMEOUT, message) from None
 
     def _runner(self, tool: Tool) -> Runner:
-        runner = self._runners.get(tool.name)
-        if runner is None:
-            if tool.isolation is Isolation.PROCESS:
-                from opd_env.tools.run.process import process_runner
-
-                runner = process_runner(tool)
-            else:
-                runner = ThreadRunner(tool, self._sharing if tool.shared else None)
+        if tool.name not in self._runners:
+            on_thread = tool.isolation is Isolation.THREAD
+            runner = ThreadRunner(tool, self._sharing if tool.shared else None) if on_thread else process_runner(tool)
             self._runners[tool.name] = runner
-        return runner
+        return self._runners[tool.name]
 
     def shared(self, state: Shared) -> Any:
         """What tools share in the present episode, for a grader that plays the calls of an episode again.

@@ -2,7 +2,7 @@
 
 Worked example::
 
-    register_tool(add)                                  # a tool of one's own
+    register_tool(add)
     get_tool("add"), get_tool("calculator")
     get_tool("search", passages="passages.jsonl")       # a factory: a tool that needs something to work on
 
@@ -16,7 +16,6 @@ Test it alone: ``pytest tests/tools/test_tool_registration.py``
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -31,9 +30,12 @@ ENTRY_POINT_GROUP = "opd_env.tools"
 Factory = Callable[..., Tool]
 
 _BUILT_IN = {
-    "calculator": "opd_env.tools.builtin.calculator:calculator",
-    "python": "opd_env.tools.builtin.python:python_tool",
-    "search": "opd_env.tools.builtin.search:make_search_tool",
+    name: EntryPoint(name, f"opd_env.tools.builtin.{value}", ENTRY_POINT_GROUP)
+    for name, value in {
+        "calculator": "calculator:calculator",
+        "python": "python:python_tool",
+        "search": "search:make_search_tool",
+    }.items()
 }
 _registered: dict[str, Tool | Factory] = {}
 
@@ -78,7 +80,15 @@ def get_tool(name: str, /, **options: Any) -> Tool:
         if options:
             raise ValueError(f"tool {name!r} takes no options, got {', '.join(options)}")
         return entry
-    return _make(name, entry, options)
+    try:
+        inspect.signature(entry).bind(**options)
+    except TypeError as error:
+        message = f"tool {name!r}: {error}; it is made by get_tool({name!r}, ...) with {_options_of(entry)}"
+        raise ValueError(message) from error
+    tool = entry(**options)
+    if not isinstance(tool, Tool):
+        raise ValueError(f"the factory of tool {name!r} returned {type(tool).__name__}, expected a Tool")
+    return tool
 
 
 def describe_tool(name: str) -> tuple[str, str]:
@@ -93,37 +103,22 @@ def describe_tool(name: str) -> tuple[str, str]:
 
 
 def _find(name: str) -> Tool | Factory:
-    entry = _registered.get(name)
-    if entry is None and name in _BUILT_IN:
-        module, attribute = _BUILT_IN[name].split(":")
-        entry = getattr(importlib.import_module(module), attribute)
-    if entry is None and (point := _entry_points().get(name)) is not None:
-        try:
-            entry = point.load()
-        except Exception as error:
-            package = point.dist.name if point.dist else "its package"
-            raise ValueError(f"tool {name!r} of {package} ({point.value}) cannot be imported: {error!r}") from error
-    if entry is None:
+    if name in _registered:
+        return _registered[name]
+    point = _BUILT_IN.get(name) or _entry_points().get(name)
+    if point is None:
         raise ValueError(unknown("tool", name, list_tools()))
+    try:
+        entry: Tool | Factory = point.load()
+    except Exception as error:
+        package = point.dist.name if point.dist else "its package"
+        raise ValueError(f"tool {name!r} of {package} ({point.value}) cannot be imported: {error!r}") from error
     return entry
 
 
 def list_tools() -> list[str]:
-    """Names of all tools, sorted: the kit's own, registered ones, and other packages' (not imported for
-    this)."""
+    """Names of all tools, sorted: the kit's own, registered ones, and other packages' (which this does not import)."""
     return sorted({*_BUILT_IN, *_registered, *_entry_points()})
-
-
-def _make(name: str, factory: Factory, options: dict[str, Any]) -> Tool:
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as error:
-        message = f"tool {name!r}: {error}; it is made by get_tool({name!r}, ...) with {_options_of(factory)}"
-        raise ValueError(message) from error
-    tool = factory(**options)
-    if not isinstance(tool, Tool):
-        raise ValueError(f"the factory of tool {name!r} returned {type(tool).__name__}, expected a Tool")
-    return tool
 
 
 def _options_of(factory: Factory) -> str:

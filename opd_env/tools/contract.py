@@ -14,14 +14,8 @@ Worked example::
     power.schema["function"]["parameters"]["required"]      # ['base']
     power(3)                                                # 9: still the plain function
 
-A function that is no complete description of a tool is refused where it is defined, with file, line and all
-that is missing. A tool with per-episode state names its factory and takes what that makes as ``state``; further
-parameters that the kit fills in are marked by hand::
-
-    @tool(state=dict, mutates_state=True, secrets=["SHOP_KEY"], retry_on=[ConnectionError], retries=2)
-    async def order(item: str, state: dict[str, str], shop: Annotated[Shop, Injected(connect)]) -> str: ...
-
-``docs/tools.md`` has an example of each option.
+A function that is no complete description of a tool is refused where it is defined, with file, line and all that is
+missing. ``docs/tools.md`` has an example of each option.
 
 Test it alone: ``pytest tests/tools/test_tool_registration.py``
 """
@@ -52,22 +46,12 @@ _MIN_OUTPUT_CHARS = 100
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """A state that several tools share: made once for each episode, at the first call of any of them.
+    """A state for all tools that name this very object: made once for each episode, at the first call of any of them.
 
-    All tools that name this very object get the same::
-
-        basket = Shared(list)
-
-        @tool(state=basket, mutates_state=True)
-        def add(item: str, state: list[str]) -> str: ...
-
-        @tool(state=basket)
-        def show(state: list[str]) -> list[str]: ...
-
-    ``state=list`` on both would give each tool its own list: two tools that name one class need not mean one thing by
-    it. A ``Shared`` goes wherever a factory does (``state=``, ``Injected``), and not with ``isolation="process"``: no
-    two processes have one object. Tools of a toolbox that share anything have one event loop, and lose together all
-    that they were given when a call of one of them is ended by its time limit.
+    ``state=list`` on two tools gives each its own list; ``basket = Shared(list)`` and ``state=basket`` on both give
+    them one. It goes wherever a factory does, but not with ``isolation="process"``: no two processes have one object.
+    Tools of a toolbox that share anything have one event loop, and lose together all that they were given when a call
+    of one of them is ended by its time limit.
     """
 
     make: Callable[[], Any]
@@ -82,12 +66,11 @@ class Isolation(StrEnum):
     """Where a tool's code runs, and so what its time limit can end."""
 
     THREAD = "thread"
-    """A thread of this process (15 µs a call): for code that may be trusted not to block the interpreter or
-    end the process. ``opd_env.tools.run.time_limit`` says what is covered."""
+    """A thread of this process (15 µs a call), for code that neither blocks the interpreter nor ends the process;
+    ``opd_env.tools.run.time_limit`` says what is covered."""
     PROCESS = "process"
-    """A process of its own (about 0.1 ms a call), killed when the time is up: whatever the code does, it
-    ends. The function is copied there, so it does not see later changes of this process's variables, nor
-    this process its."""
+    """A child process (about 0.1 ms a call), killed when the time is up, whatever the code does. The function is copied
+    there: it and this process do not see each other's later changes of variables."""
 
 
 class ToolOptions(TypedDict, total=False):
@@ -112,10 +95,7 @@ class ToolOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Tool:
-    """Something that a student can call.
-
-    ``@tool`` makes one from a function. Made directly, it takes a schema from elsewhere (an MCP server, a
-    data set).
+    """Something that a student can call. ``@tool`` makes one of a function; made directly, it takes any schema.
 
     Raises:
         ValueError: a field is no use; the message names the function's file and line and lists all problems.
@@ -126,8 +106,7 @@ class Tool:
     description: str
     """What a student reads about it."""
     parameters: Mapping[str, Any]
-    """JSON Schema (Draft 2020-12) of the arguments, type ``object``. Arguments that it does not name are
-    refused unless it sets ``additionalProperties`` itself."""
+    """JSON Schema (Draft 2020-12) of the arguments. Others are refused unless it sets ``additionalProperties``."""
     function: Callable[..., Any]
     """Gets the arguments by name; returns any JSON value. May be ``async``: the calls of an episode then share
     an event loop, which runs while a call does."""
@@ -159,8 +138,7 @@ class Tool:
     ends_episode: bool = False
     """A successful call is the last thing that happens in an episode."""
     listed: bool = True
-    """The opening messages describe it. One that is not listed can be called all the same, such as a tool that a
-    user brings up later in the episode."""
+    """The opening messages describe it. If not, it can still be called: a user may bring it up later."""
     isolation: Isolation | str = Isolation.THREAD
     """Where the code runs."""
     convert: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
@@ -180,15 +158,11 @@ class Tool:
             parameters.setdefault("additionalProperties", False)
             make_validator(parameters)
             injected = dict(self.injected) | ({} if self.state is None else {"state": self.state})
+            named = [name for name in injected if name in parameters.get("properties", {})]
+            wrong = {name: make for name, make in injected.items() if not callable(make)}
+            problems += [f"its parameters name {name!r}, which the kit fills in" for name in named]
             problems += [
-                f"its parameters name {name!r}, which the kit fills in"
-                for name in injected
-                if name in parameters.get("properties", {})
-            ]
-            problems += [
-                f"{name}={make!r}, expected a callable that makes it, such as dict"
-                for name, make in injected.items()
-                if not callable(make)
+                f"{name}={make!r}, expected a callable that makes it, such as dict" for name, make in wrong.items()
             ]
             if self.isolation == Isolation.PROCESS and any(isinstance(make, Shared) for make in injected.values()):
                 problems.append("a Shared state is in this process; leave isolation='process' out, or share nothing")
@@ -202,9 +176,8 @@ class Tool:
     @property
     def schema(self) -> dict[str, Any]:
         """The tool as chat templates and function-calling models expect it."""
-        parameters = copy.deepcopy(dict(self.parameters))
-        function = {"name": self.name, "description": self.description, "parameters": parameters}
-        return {"type": "function", "function": function}
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": copy.deepcopy(function)}
 
     @property
     def shared(self) -> list[Shared]:
@@ -247,22 +220,17 @@ def tool(
 
     def decorate(function: Callable[..., Any]) -> Tool:
         if not inspect.isroutine(function):
-            raise ValueError(
-                f"@tool decorates a function, got {function!r}; options go by name, as in @tool(name='add')"
-            )
+            hint = "options go by name, as in @tool(name='add')"
+            raise ValueError(f"@tool decorates a function, got {function!r}; {hint}")
         name = options.get("name") or getattr(function, "__name__", "")
         hidden = {*options.get("injected", ()), *(() if options.get("state") is None else ("state",))}
         try:
             signature = read_signature(function, hidden)
         except ValueError as error:
             raise ValueError(f"{_where(function)}: tool {name!r}: {error}") from error
-        fields = {
-            "description": signature.description,
-            "convert": signature.convert,
-            **options,
-            "name": name,
-            "injected": {**signature.injected, **options.get("injected", {})},
-        }
+        injected = {**signature.injected, **options.get("injected", {})}
+        read = {"description": signature.description, "convert": signature.convert}
+        fields = {**read, **options, "name": name, "injected": injected}
         return Tool(parameters=signature.parameters, function=function, **fields)  # type: ignore[arg-type]
 
     return decorate if function is None else decorate(function)

@@ -46,11 +46,7 @@ class SecretMissing(UserError):
 
 
 def secret_values(names: Sequence[str], needed_by: str) -> dict[str, str]:
-    """The values of environment variables.
-
-    Args:
-        names: of the variables.
-        needed_by: for the error, such as ``"tool 'price'"``.
+    """The values of environment variables; ``needed_by`` names in the error who needs them (``"tool 'price'"``).
 
     Raises:
         SecretMissing: a variable is not set, or its value has fewer than ``MIN_SECRET_CHARS`` characters.
@@ -58,20 +54,14 @@ def secret_values(names: Sequence[str], needed_by: str) -> dict[str, str]:
     values = {name: os.environ.get(name, "").strip() for name in names}
     for name, value in values.items():
         if len(value) < MIN_SECRET_CHARS:
-            found = f"has {len(value)} characters" if value else "is not set"
-            raise SecretMissing(
-                f"{needed_by} needs the environment variable {name} with at least {MIN_SECRET_CHARS} characters; "
-                f"it {found}"
-            )
+            found = f"it has {len(value)} characters" if value else "it is not set"
+            wanted = f"the environment variable {name} with at least {MIN_SECRET_CHARS} characters"
+            raise SecretMissing(f"{needed_by} needs {wanted}; {found}")
     return values
 
 
 def secrets_of(tool: Tool) -> list[str]:
-    """Everything to take out for a tool.
-
-    Raises:
-        SecretMissing: see ``secret_values``.
-    """
+    """Everything to take out for a tool; raises what ``secret_values`` raises."""
     return forms_of(secret_values(tool.secrets, f"tool {tool.name!r}").values()) if tool.secrets else []
 
 
@@ -89,11 +79,7 @@ def _written(text: str) -> Iterator[str]:
     yield json.dumps(text)[1:-1]
     yield json.dumps(text, ensure_ascii=False)[1:-1]
     yield repr(text)[1:-1]
-    for quoted in (
-        quote(text, errors="replace"),
-        quote(text, "", errors="replace"),
-        quote_plus(text, errors="replace"),
-    ):
+    for quoted in (*(quote(text, safe, errors="replace") for safe in ("/", "")), quote_plus(text, errors="replace")):
         yield quoted
         yield re.sub("%..", lambda code: code.group().lower(), quoted)
 

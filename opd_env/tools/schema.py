@@ -21,9 +21,8 @@ Hints that have a JSON Schema: ``str int float bool``, ``list[X]``, ``dict[str, 
 with text or whole-number values, ``X | Y`` and ``Optional``, ``TypedDict``, dataclasses, and
 ``Annotated[X, "description"]``.
 
-JSON Schema counts 3.0 as an integer, so a student may write it for an ``int``; the function gets 3. In the
-same way it gets the ``Enum`` member or the dataclass that it asked for, not the JSON that the student
-wrote.
+JSON Schema counts 3.0 as an integer, so a student may write it for an ``int``; the function gets 3. In the same way it
+gets the ``Enum`` member or the dataclass that it asked for, not the JSON that the student wrote.
 
 Test it alone: ``pytest tests/tools/test_tool_schema.py``
 """
@@ -45,13 +44,7 @@ from opd_env.errors import did_you_mean
 JSONSchema = dict[str, Any]
 Convert = Callable[[Any], Any]
 
-_SIMPLE: dict[object, str] = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    type(None): "null",
-}
+_SIMPLE: dict[object, str] = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _SECTION = re.compile(r"(Args|Arguments|Parameters|Returns|Yields|Raises|Examples?|Notes?|Attributes|References):\s*")
 _ENTRY = re.compile(r"\*{0,2}(\w+)(?:\s*\([^)]*\))?:(?:\s+|$)(.*)")
 
@@ -70,7 +63,6 @@ class Signature:
 
     description: str
     parameters: JSONSchema
-    """JSON Schema (Draft 2020-12) of an object that holds the arguments."""
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Turns JSON arguments that fit the schema into the keyword arguments that the function expects."""
     injected: dict[str, Callable[[], Any]]
@@ -85,11 +77,7 @@ class _Type:
 
 
 def read_signature(function: Callable[..., Any], hidden: Collection[str] = ()) -> Signature:
-    """Reads the schema of a function.
-
-    Args:
-        function: what to read.
-        hidden: parameters that the kit fills in and a model does not see.
+    """Reads the schema of a function; ``hidden`` are parameters that the kit fills in and a model does not see.
 
     Raises:
         ValueError: the function is no complete description of a tool; the message lists all that is missing.
@@ -105,14 +93,10 @@ def read_signature(function: Callable[..., Any], hidden: Collection[str] = ()) -
     parameters = inspect.signature(function).parameters
     injected = {name: mark.make for name, hint in hints.items() if (mark := _mark(hint)) is not None}
     visible = [name for name in parameters if name not in hidden and name not in injected]
-    problems += [
-        f"parameter {name!r} must exist to receive what the kit puts in" for name in hidden - parameters.keys()
-    ]
-    problems += [
-        f"the docstring describes {name!r}, which is no parameter{did_you_mean(name, visible)}"
-        for name in documented
-        if name not in parameters
-    ]
+    for name in (name for name in hidden if name not in parameters):
+        problems.append(f"parameter {name!r} must exist to receive what the kit puts in")
+    for name in (name for name in documented if name not in parameters):
+        problems.append(f"the docstring describes {name!r}, which is no parameter{did_you_mean(name, visible)}")
     properties: JSONSchema = {}
     converts: dict[str, Convert] = {}
     required = []
@@ -121,9 +105,8 @@ def read_signature(function: Callable[..., Any], hidden: Collection[str] = ()) -
             kind = _parameter_type(parameters[name], hints)
             note = kind.schema.get("description") or documented.get(name)
             if not note:
-                raise ValueError(
-                    "needs a description: under 'Args:' in the docstring, or Annotated[..., 'description']"
-                )
+                places = "under 'Args:' in the docstring, or Annotated[..., 'description']"
+                raise ValueError(f"needs a description: {places}")
             properties[name] = {**kind.schema, "description": note}
             if kind.convert is not None:
                 converts[name] = kind.convert
@@ -198,17 +181,13 @@ def _type_of(hint: Any, inside: tuple[Any, ...]) -> _Type:
     if hint is list or origin is list:
         items = _type_of(arguments[0], inside) if arguments else _Type({})
         convert = items.convert
-        return _Type(
-            {"type": "array", **({"items": items.schema} if arguments else {})},
-            None if convert is None else lambda values: [convert(value) for value in values],
-        )
+        schema = {"type": "array", **({"items": items.schema} if arguments else {})}
+        return _Type(schema, None if convert is None else lambda values: [convert(value) for value in values])
     if hint is dict or (origin is dict and arguments[0] is str):
         values = _type_of(arguments[1], inside) if arguments else _Type({})
         change = values.convert
-        return _Type(
-            {"type": "object", **({"additionalProperties": values.schema} if arguments else {})},
-            None if change is None else lambda pairs: {key: change(value) for key, value in pairs.items()},
-        )
+        schema = {"type": "object", **({"additionalProperties": values.schema} if arguments else {})}
+        return _Type(schema, None if change is None else lambda pairs: {key: change(pairs[key]) for key in pairs})
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _choice([member.value for member in hint], hint)
     if typing.is_typeddict(hint) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
@@ -301,12 +280,8 @@ def _json_default(default: Any, schema: JSONSchema) -> Any:
     if isinstance(default, list | dict | set):
         raise ValueError(f"has the default {default!r}, which all calls would share; use None or leave it out")
     value = default.value if isinstance(default, Enum) else default
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if (
-        not isinstance(value, str | int | float | None)
-        or not finite
-        or not Draft202012Validator(schema).is_valid(value)
-    ):
+    is_json = isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
+    if not is_json or not Draft202012Validator(schema).is_valid(value):
         raise ValueError(f"has the default {default!r}, which does not fit its type hint")
     return value
 

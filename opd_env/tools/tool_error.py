@@ -63,3 +63,8 @@ class ToolError(Exception):
         """The text that the student reads: compact JSON with the fields ``error`` and ``message``."""
         fields = {"error": str(self.kind), "message": self.message}
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+
+
+def cut(text: str, max_chars: int) -> str:
+    """At most so many characters of a text, the ``…`` that marks a cut included."""
+    return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"

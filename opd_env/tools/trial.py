@@ -1,7 +1,5 @@
 """Tries a tool out before a training run does: the checks behind ``opd-env tools test NAME``.
 
-They are the same for every kind of tool: sync or async, in a thread or a process, with state, of an MCP server.
-
 Worked example::
 
     for check in try_tool(get_tool("calculator"), [{"expression": "6*7"}]):
@@ -29,21 +27,15 @@ from typing import Any
 from opd_env.tools.box import Toolbox, ToolResult
 from opd_env.tools.contract import Tool
 from opd_env.tools.run.time_limit import threads_left_behind
-from opd_env.tools.tool_error import ToolErrorKind
+from opd_env.tools.tool_error import ToolErrorKind, cut
 
 _SHOWN_CHARS = 200
 _LONG_ENOUGH_S = 0.02
 """Shorter calls cannot be cut short."""
 _MAY_GO_ON_S = 2.0
 _SAMPLES: dict[str, Any] = {
-    "string": "text",
-    "integer": 1,
-    "number": 1.5,
-    "boolean": True,
-    "null": None,
-    "array": [],
-    "object": {},
-}
+    "string": "text", "integer": 1, "number": 1.5, "boolean": True, "null": None, "array": [], "object": {},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,11 +52,8 @@ def try_tool(tool: Tool, examples: Sequence[Mapping[str, Any]] = ()) -> list[Che
 
     Args:
         tool: what to try.
-        examples: arguments that it must answer. Without any, a call is made up from the schema, and an error
-            of the tool's own about it is accepted.
-
-    Returns:
-        The checks, in the order in which they were made.
+        examples: arguments that it must answer. Without any, a call is made up from the schema, and an error that the
+            tool itself raises about it is accepted.
     """
     checks = [_schema(tool)]
     with Toolbox([tool]) as toolbox:
@@ -77,7 +66,7 @@ def try_tool(tool: Tool, examples: Sequence[Mapping[str, Any]] = ()) -> list[Che
                 toolbox.reset()
                 again = toolbox.call(tool.name, arguments)
                 same = again.content == first.content
-                detail = _cut(first.content) if same else f"{_cut(first.content)} and then {_cut(again.content)}"
+                detail = _shown(first.content) if same else f"{_shown(first.content)} and then {_shown(again.content)}"
                 checks.append(Check("answers the same in a new episode", same, detail))
             share = first.seconds / tool.timeout_s
             detail = f"{first.seconds * 1e3:.2f} ms of {tool.timeout_s:g} s ({tool.isolation})"
@@ -140,10 +129,10 @@ def _refusals(toolbox: Toolbox, tool: Tool) -> Check:
     results = [toolbox.call(tool.name, arguments) for arguments in calls]
     kinds = (ToolErrorKind.SCHEMA, ToolErrorKind.NOT_AN_OBJECT)
     accepted = [_compact(call) for call, result in zip(calls, results, strict=True) if result.error not in kinds]
-    detail = f"{len(calls) - len(accepted)} of {len(calls)} bad calls refused"
-    if accepted:
-        detail = f"{detail}; accepted: {', '.join(accepted)}"
-    return Check("refuses wrong arguments", not accepted, detail)
+    told = f"; accepted: {', '.join(accepted)}" if accepted else ""
+    return Check(
+        "refuses wrong arguments", not accepted, f"{len(calls) - len(accepted)} of {len(calls)} bad calls refused{told}"
+    )
 
 
 def _answer(result: ToolResult, arguments: Mapping[str, Any], must_answer: bool) -> Check:
@@ -151,7 +140,7 @@ def _answer(result: ToolResult, arguments: Mapping[str, Any], must_answer: bool)
     cut = " (cut to max_output_chars)" if result.truncated else ""
     accepted = own_error and not must_answer
     made_up = " (these arguments are made up: an error is accepted; give an example of yours)" if accepted else ""
-    return Check(f"answers {_compact(arguments)}", result.ok or accepted, f"{_cut(result.content)}{cut}{made_up}")
+    return Check(f"answers {_compact(arguments)}", result.ok or accepted, f"{_shown(result.content)}{cut}{made_up}")
 
 
 def _bad_calls(parameters: Mapping[str, Any]) -> Iterator[object]:
@@ -183,17 +172,16 @@ def _sample(schema: Mapping[str, Any]) -> Any:
             return schema[key][0]
     if schema.get("anyOf"):
         return _sample(schema["anyOf"][0])
-    kind = schema.get("type", "string")
-    kind = kind if isinstance(kind, str) else kind[0]
+    kinds = schema.get("type", "string")
+    kind = kinds if isinstance(kinds, str) else kinds[0]
     if kind == "object":
         return _made_up(schema)
     return max(_SAMPLES[kind], schema["minimum"]) if "minimum" in schema else _SAMPLES[kind]
 
 
 def _compact(value: object) -> str:
-    return _cut(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    return _shown(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
-def _cut(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 1]}…"
+def _shown(text: str) -> str:
+    return cut(text.strip(), _SHOWN_CHARS)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from opd_env.errors import did_you_mean
-from opd_env.tools.tool_error import ToolError, ToolErrorKind
+from opd_env.tools.tool_error import ToolError, ToolErrorKind, cut
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError
@@ -29,6 +29,7 @@ MAX_PROBLEMS = 10
 
 _REFERENCES = ("$ref", "$dynamicRef")
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")
+_SHOWN_CHARS = 80
 _TOO_DEEP = "they are nested too deeply"
 _LIMITS = {
     "minimum": "at least {}",
@@ -46,22 +47,15 @@ _LIMITS = {
     "maxProperties": "at most {} fields",
 }
 _TYPE_NAMES: dict[type, str] = {
-    bool: "boolean",
-    str: "string",
-    int: "integer",
-    float: "number",
-    type(None): "null",
-    list: "array",
-    dict: "object",
-}
+    bool: "boolean", str: "string", int: "integer", float: "number", type(None): "null", list: "array", dict: "object",
+}  # fmt: skip
 
 
 def make_validator(schema: Mapping[str, Any]) -> Draft202012Validator:
-    """A validator that never looks outside the schema.
+    """A validator that never looks outside the schema, and whose checks end.
 
     Raises:
-        ValueError: the schema is no JSON Schema (Draft 2020-12) of an object, or refers to what it does not
-        hold.
+        ValueError: the schema is no JSON Schema (Draft 2020-12) of an object, or refers to what it does not hold.
     """
     from jsonschema import Draft202012Validator, SchemaError
     from referencing import Registry, exceptions
@@ -74,9 +68,8 @@ def make_validator(schema: Mapping[str, Any]) -> Draft202012Validator:
             resolver.lookup(reference)
     except SchemaError as error:
         where = "/".join(str(part) for part in error.absolute_path) or "top level"
-        raise ValueError(
-            f"its parameters are no JSON Schema (Draft 2020-12): {where}: {error.message[:300]}"
-        ) from error
+        message = f"its parameters are no JSON Schema (Draft 2020-12): {where}: {error.message[:300]}"
+        raise ValueError(message) from error
     except (exceptions.Unresolvable, exceptions.Unretrievable) as error:
         raise ValueError(f"its parameters refer to {reference!r}, which they do not hold") from error
     except RecursionError as error:
@@ -189,7 +182,7 @@ def _problems(errors: Iterator[ValidationError]) -> Iterator[tuple[str, str]]:
     """(path, text) of every problem; the path orders them."""
     for error in errors:
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
-        path = _cut(path.removeprefix("."), 200)
+        path = cut(path.removeprefix("."), 200)
         prefix = f"{path}: " if path else ""
         rule, limit, instance = str(error.validator), cast("Any", error.validator_value), cast("Any", error.instance)
         if rule == "required":
@@ -203,7 +196,7 @@ def _problems(errors: Iterator[ValidationError]) -> Iterator[tuple[str, str]]:
                 if name not in known and not any(re.search(pattern, name) for pattern in patterns):
                     free = [choice for choice in known if choice not in instance]
                     hint = did_you_mean(name, free) or f"; known: {', '.join(known) or 'none'}"
-                    yield path, f"{prefix}unknown argument {_cut(repr(name))}{hint}"
+                    yield path, f"{prefix}unknown argument {cut(repr(name), _SHOWN_CHARS)}{hint}"
         else:
             expected = _expected(rule, limit, error.message)
             yield path, f"{prefix or 'arguments: '}got {_show(instance)}, expected {expected}"
@@ -213,17 +206,17 @@ def _expected(rule: str, limit: Any, message: str) -> str:
     if rule == "type":
         return limit if isinstance(limit, str) else " or ".join(limit)
     if rule == "enum":
-        return "one of " + _cut(", ".join(json.dumps(choice, ensure_ascii=False) for choice in limit), 400)
+        return "one of " + cut(", ".join(json.dumps(choice, ensure_ascii=False) for choice in limit), 400)
     if rule == "const":
         return json.dumps(limit, ensure_ascii=False)
     if rule in ("anyOf", "oneOf"):
+        schemas = [schema for schema in limit if isinstance(schema, Mapping)]  # not plain true or false
         choices = [
-            _expected("enum", s["enum"], "") if "enum" in s else str(s.get("type", "another form"))
-            for s in limit
-            if isinstance(s, Mapping)  # not plain true or false
+            _expected("enum", schema["enum"], "") if "enum" in schema else str(schema.get("type", "another form"))
+            for schema in schemas
         ]
         return " or ".join(choices) or "another form"
-    return _LIMITS[rule].format(limit) if rule in _LIMITS else f"what the schema says ({_cut(message, 200)})"
+    return _LIMITS[rule].format(limit) if rule in _LIMITS else f"what the schema says ({cut(message, 200)})"
 
 
 def _show(value: object) -> str:
@@ -232,8 +225,4 @@ def _show(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError):
         text = type(value).__name__
-    return f"{_cut(text)} ({_TYPE_NAMES.get(type(value), type(value).__name__)})"
-
-
-def _cut(text: str, length: int = 80) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return f"{cut(text, _SHOWN_CHARS)} ({_TYPE_NAMES.get(type(value), type(value).__name__)})"

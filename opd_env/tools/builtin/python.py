@@ -43,21 +43,13 @@ MAX_OUTPUT_CHARS = 4000
 _MAX_FILES_CHARS = 400
 _ANSWER_CHARS = MAX_OUTPUT_CHARS + _MAX_FILES_CHARS + 200
 
-_ERROR_KINDS = {
-    Status.ERROR: ToolErrorKind.EXCEPTION,
-    Status.TIMEOUT: ToolErrorKind.TIMEOUT,
-    Status.CPU_LIMIT: ToolErrorKind.TIMEOUT,
-    Status.OUTPUT_LIMIT: ToolErrorKind.OUTPUT_LIMIT,
-    Status.KILLED: ToolErrorKind.EXCEPTION,
-    Status.SANDBOX_ERROR: ToolErrorKind.SANDBOX,
-}
-_EXPLANATIONS = {
-    Status.ERROR: "the program failed",
-    Status.TIMEOUT: "the time was over",
-    Status.CPU_LIMIT: "the CPU time was over",
-    Status.OUTPUT_LIMIT: "too much output",
-    Status.KILLED: "the interpreter died",
-    Status.SANDBOX_ERROR: "the sandbox failed",
+_FAILURES = {
+    Status.ERROR: (ToolErrorKind.EXCEPTION, "the program failed"),
+    Status.TIMEOUT: (ToolErrorKind.TIMEOUT, "the time was over"),
+    Status.CPU_LIMIT: (ToolErrorKind.TIMEOUT, "the CPU time was over"),
+    Status.OUTPUT_LIMIT: (ToolErrorKind.OUTPUT_LIMIT, "too much output"),
+    Status.KILLED: (ToolErrorKind.EXCEPTION, "the interpreter died"),
+    Status.SANDBOX_ERROR: (ToolErrorKind.SANDBOX, "the sandbox failed"),
 }
 _STATE_LOST = "The session was ended: all variables and imports are lost. "
 
@@ -103,7 +95,7 @@ def python_tool(
             code: The program. Use print to see a result.
         """
         with _never_the_students():
-            result = _opened(get_sandbox).run(code, files=files, keep_files=on_files is not None)
+            result = get_sandbox().run(code, files=files, keep_files=on_files is not None)
         return _answer(result, _hand_over(result, {}, on_files))
 
     if not files:
@@ -148,7 +140,7 @@ class Repl:
 
     def _running(self) -> Session:
         if self._session is None:
-            self._session = _opened(self._get_sandbox).session()
+            self._session = self._get_sandbox().session()
         return self._session
 
     def close(self) -> None:
@@ -204,23 +196,16 @@ def _answer(result: ExecResult, note: str) -> str:
     output = shorten(result.output, MAX_OUTPUT_CHARS)
     if result.ok:
         return (output or "(no output: use print to see a value)\n") + note
-    message = f"{note}{_EXPLANATIONS[result.status]}"
-    raise ToolError(_ERROR_KINDS[result.status], f"{message}\n{output}" if output else message)
+    kind, reason = _FAILURES[result.status]
+    raise ToolError(kind, f"{note}{reason}\n{output}" if output else f"{note}{reason}")
 
 
 @contextlib.contextmanager
 def _never_the_students() -> Iterator[None]:
-    """Where the sandbox is full or closed, the episode is dropped, and the student not charged."""
+    """Where the sandbox does not open, is full or closed, the episode is dropped, and the student not charged."""
     try:
         yield
     except RuntimeError as error:
-        raise ToolError(ToolErrorKind.SANDBOX, str(error)) from error
-
-
-def _opened(get_sandbox: Callable[[], Sandbox]) -> Sandbox:
-    try:
-        return get_sandbox()
-    except SandboxUnavailable as error:
         raise ToolError(ToolErrorKind.SANDBOX, str(error)) from error
 
 
@@ -268,6 +253,3 @@ def shared_sandbox() -> Sandbox:
     if isinstance(found, SandboxUnavailable):
         raise found
     return found
-
-
-python = python_tool()

@@ -9,15 +9,15 @@ Worked example::
     Toolbox([search]).call("search", {"query": "capital of Afghanistan"}).content
     # '[1] Kabul: Kabul is the capital city of Afghanistan.'
 
-Passages come as dictionaries with ``text`` and optionally ``title`` (other fields are ignored): a list, a
-``datasets.Dataset``, or the path of a JSONL file. A large index is made once and then mapped into memory, which takes
-a moment whatever its size, and which processes share::
+Passages are rows with ``text`` and optionally ``title``: a list, a ``datasets.Dataset``, or the path of a JSONL file. A
+large index is made once and then mapped into memory, which takes a moment whatever its size, and which processes
+share::
 
     BM25Index(load_passages("wikipedia.jsonl")).save("wikipedia.index")
     make_search_tool("wikipedia.index")
 
-A student sees one passage a line, the best first; of equal
-scores the one that stands first in the corpus. Passages that share no word with the query are never shown.
+A student sees one passage a line, the best first; of equal scores the one that stands first in the corpus. Passages
+that share no word with the query are never shown.
 
 Test it alone: ``pytest tests/tools/builtin/test_search.py``
 """
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_env.tools.contract import Tool, tool
+from opd_env.tools.tool_error import cut
 
 MAX_QUERY_CHARS = 1000
 """Characters of a query that are read."""
@@ -88,7 +89,7 @@ class BM25Index(SearchIndex):
         self._bm25.index(words, show_progress=False)
 
     def search(self, query: str, k: int) -> list[Passage]:
-        """See ``SearchIndex.search``."""
+        """At most ``k`` passages, the best first."""
         import numpy as np
 
         (words,) = _words([query])
@@ -173,25 +174,13 @@ class _SavedPassages(Sequence[Passage]):
         return len(self._offsets) - 1
 
 
-class ExactIndex(SearchIndex):
-    """Answers exactly the queries that it is given, and finds nothing for any other: for tests."""
-
-    def __init__(self, answers: Mapping[str, Sequence[Passage]]) -> None:
-        self._answers = dict(answers)
-
-    def search(self, query: str, k: int) -> Sequence[Passage]:
-        """See ``SearchIndex.search``."""
-        return self._answers.get(query, ())[:k]
-
-
 def make_search_tool(
     passages: PassageRows | str | Path | SearchIndex, *, k: int = 3, max_k: int = 10, name: str = "search"
 ) -> Tool:
     """Searches passages that are given, by keywords (BM25).
 
     Args:
-        passages: rows with ``text`` and optionally ``title``, the path of a JSONL file of such rows, an index, or the
-            folder of a saved one.
+        passages: rows, the path of a JSONL file of rows, an index, or the folder of a saved one.
         k: results when the student does not say how many.
         max_k: most results; a student's ``k`` is brought into 1..max_k instead of refused.
         name: of the tool.
@@ -258,7 +247,7 @@ def _passage(row: object, where: str) -> Passage:
 def _show(passage: Passage) -> str:
     """One line without control characters. Whatever else stands in a passage stays text."""
     line = _CONTROL.sub("", " ".join(str(passage).split()))
-    return line if len(line) <= MAX_PASSAGE_CHARS else f"{line[: MAX_PASSAGE_CHARS - 1]}…"
+    return cut(line, MAX_PASSAGE_CHARS)
 
 
 def _words(texts: list[str]) -> list[list[str]]:

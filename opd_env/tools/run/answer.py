@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_env.tools.redaction import redact
-from opd_env.tools.tool_error import ToolError, ToolErrorKind
+from opd_env.tools.tool_error import ToolError, ToolErrorKind, cut
 
 MAX_JSON_CHARS = 1_000_000
-"""A JSON value longer than this is an error: the few characters that the student could see would mean
-nothing."""
+"""A longer JSON value is an error: the few characters that the student could see would mean nothing."""
 _MAX_ERROR_CHARS = 300
 _MAX_NAME_CHARS = 80
 _HOST_PATH = re.compile(r"(?<![\w/.:])/(?:[^\s/'\":,]+/)+[^\s/'\":,]*")
@@ -29,22 +28,17 @@ _HOST_PATH = re.compile(r"(?<![\w/.:])/(?:[^\s/'\":,]+/)+[^\s/'\":,]*")
 
 @dataclass(frozen=True)
 class Answer:
-    """Text for the student."""
+    """What the student reads of a call."""
 
     content: str
     error: ToolErrorKind | None = None
     truncated: bool = False
     retries: int = 0
-    """Attempts that failed before this came of the call."""
+    """Attempts that failed before this one."""
 
 
 def encode_answer(value: object, max_chars: int, secrets: Sequence[str] = ()) -> Answer:
-    """Text as it is, any other JSON value as compact JSON; cut to ``max_chars``, marker included.
-
-    Args:
-        value: what the tool returned.
-        max_chars: of the text.
-        secrets: texts to take out, see ``redact``.
+    """Text as it is, any other JSON value as compact JSON; cut to ``max_chars``, marker included, without ``secrets``.
 
     Raises:
         ToolError: ``exception`` when the value is no JSON value, ``output_limit`` when its JSON is huge.
@@ -61,16 +55,13 @@ def encode_answer(value: object, max_chars: int, secrets: Sequence[str] = ()) ->
             message = f"the tool returned {len(text)} characters of JSON; the limit is {MAX_JSON_CHARS}"
             raise ToolError(ToolErrorKind.OUTPUT_LIMIT, message)
     text = redact(text, secrets)
-    return Answer(without_surrogates(_cut(text, max_chars)), truncated=len(text) > max_chars)
+    return Answer(without_surrogates(_marked(text, max_chars)), truncated=len(text) > max_chars)
 
 
 def encode_error(error: BaseException, max_chars: int = 4000, secrets: Sequence[str] = ()) -> Answer:
     """The error's fixed-format JSON. There is no traceback, and paths of this machine are taken out.
 
-    Args:
-        error: a ToolError speaks for itself; of any other exception the type and the message are shown.
-        max_chars: most characters of a ToolError's message.
-        secrets: texts to take out.
+    A ToolError speaks for itself, in at most ``max_chars``; of any other exception the type and the message are shown.
     """
     try:
         return _encode_error(error, max_chars, secrets)
@@ -82,15 +73,15 @@ def encode_error(error: BaseException, max_chars: int = 4000, secrets: Sequence[
 def _encode_error(error: BaseException, max_chars: int, secrets: Sequence[str]) -> Answer:
     if isinstance(error, ToolError):
         message = redact(str(error.message), secrets)
-        cut = ToolError(error.kind, without_surrogates(_cut(message, max_chars)))
-        return Answer(cut.content, cut.kind, len(message) > max_chars)
+        shown = ToolError(error.kind, without_surrogates(_marked(message, max_chars)))
+        return Answer(shown.content, shown.kind, len(message) > max_chars)
     text = _one_line(error, secrets)
     name = redact(type(error).__name__, secrets)[:_MAX_NAME_CHARS]
     failure = ToolError(ToolErrorKind.EXCEPTION, f"{name}: {text}" if text else name)
     return Answer(failure.content, failure.kind)
 
 
-def _cut(text: str, max_chars: int) -> str:
+def _marked(text: str, max_chars: int) -> str:
     marker = f"\n[cut: the whole output has {len(text)} characters]"
     return text if len(text) <= max_chars else text[: max_chars - len(marker)] + marker
 
@@ -101,7 +92,7 @@ def _one_line(error: BaseException, secrets: Sequence[str] = ()) -> str:
     except BaseException:  # a hostile __str__; the exception's type must do
         return ""
     text = _HOST_PATH.sub("<path>", " ".join(redact(text, secrets)[:4000].split()))
-    return without_surrogates(text if len(text) <= _MAX_ERROR_CHARS else f"{text[: _MAX_ERROR_CHARS - 1]}…")
+    return without_surrogates(cut(text, _MAX_ERROR_CHARS))
 
 
 def without_surrogates(text: str) -> str:

@@ -16,8 +16,8 @@ from opd_env.tools import Tool, Toolbox, get_tool
 from opd_env.tools.builtin.search import (
     MAX_PASSAGE_CHARS,
     BM25Index,
-    ExactIndex,
     Passage,
+    SearchIndex,
     load_passages,
     make_search_tool,
 )
@@ -143,8 +143,12 @@ def test_what_cannot_be_searched_is_refused(
         make_search_tool(passages, **options)
 
 
-def test_an_exact_index_answers_only_what_it_was_told() -> None:
-    search = make_search_tool(ExactIndex({"capital": [Passage("Kabul."), Passage("Paris.")]}))
+def test_an_index_of_a_user_is_searched() -> None:
+    class Exact(SearchIndex):
+        def search(self, query: str, k: int) -> list[Passage]:
+            return [Passage("Kabul."), Passage("Paris.")][:k] if query == "capital" else []
+
+    search = make_search_tool(Exact())
     assert find(search, "capital", k=1) == ["[1] Kabul."]
     assert find(search, "capital") == ["[1] Kabul.", "[2] Paris."]
     assert find(search, "Capital") == ["no results"]
