@@ -98,7 +98,7 @@ class Tool:
     """Something that a student can call. ``@tool`` makes one of a function; made directly, it takes any schema.
 
     Raises:
-        ValueError: a field is no use; the message names the function's file and line and lists all problems.
+        ValueError: a field cannot be used; the message names the function's file and line and lists all problems.
     """
 
     name: str

@@ -149,7 +149,7 @@ def check_arguments(validator: Draft202012Validator, arguments: object) -> dict[
 
     Raises:
         ToolError: ``not_an_object``, or ``schema`` with all problems, in the order of their paths; ``exception`` when
-            it is the schema that is no use.
+            it is the schema that cannot be used.
     """
     from referencing.exceptions import Unresolvable
 
@@ -167,7 +167,7 @@ def check_arguments(validator: Draft202012Validator, arguments: object) -> dict[
         raise ToolError(ToolErrorKind.SCHEMA, f"the arguments cannot be checked: {_TOO_DEEP}") from error
     except OverflowError as error:  # multipleOf with a fraction
         raise ToolError(ToolErrorKind.SCHEMA, "the arguments cannot be checked: a number is too large") from error
-    except Unresolvable as error:  # from below an $id of its own, where make_validator did not look
+    except Unresolvable as error:  # below a further $id, where make_validator did not look
         message = "the tool's parameters refer to what they do not hold"
         raise ToolError(ToolErrorKind.EXCEPTION, message) from error
     if problems:

@@ -1,7 +1,7 @@
 """Tools of MCP servers, mounted as tools of the kit.
 
-Stands on: ``tools.contract``, ``tools.redaction`` and the ``mcp`` package, which only ``connection`` and ``transports``
-import. Read first: ``tools``, then ``connection``. Who may change it: with ``tests/tools/mcp/test_mcp_rogue.py``.
+Stands on: ``tools.contract``, ``tools.redaction`` and the ``mcp`` package, which only ``connection`` imports.
+Read first: ``tools``, then ``connection``. Who may change it: with ``tests/tools/mcp/test_mcp_rogue.py``.
 """
 
 from __future__ import annotations

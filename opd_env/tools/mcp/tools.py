@@ -11,16 +11,9 @@ and in a settings file, where the tools are then named like any other::
     mcp_servers: {shop: {server: [python, shop.py], secrets: [SHOP_KEY]}}
     tools: [calculator, price]
 
-Names, descriptions and schemas are the server's, as it lists them when it is mounted; only regular expressions
-(``pattern``) are left to the server, since one that never ends would hold up the whole run.
-
-Calls end like those of any tool: in text, or in a typed error within the time limit. After a time-out the server is
-asked for a sign of life, and started again if it gives none. A call that finds the server gone starts it again and is
-made; one during which the server died is made again only if the tool says that it is read-only or idempotent
-(``readOnlyHint``, ``idempotentHint``) or the user says so by ``retries``. A server that cannot be started is no fault
-of the student (kind ``sandbox``).
-
-One server serves all episodes of this process: what it remembers, it remembers across episodes.
+Names, descriptions and schemas are the server's, as it lists them when it is mounted. Calls end like those of any tool:
+in text, or in a typed error within the time limit. ``docs/tools.md`` says when a server is started again, and which
+calls are made again. One server serves all episodes of this process, and may remember across them.
 
 Test it alone: ``pytest tests/tools/mcp/test_mcp.py``
 """
@@ -29,7 +22,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from opd_env.tools.catalogue import register_tool
@@ -48,7 +40,7 @@ _VALUES = ("enum", "const", "default", "examples")
 _registered: dict[str, MountedServer] = {}
 
 
-class MountedServer(Sequence[Tool], AbstractContextManager["MountedServer"]):
+class MountedServer(Sequence[Tool]):
     """The tools of a server, which runs until ``close`` or the end of the program."""
 
     def __init__(self, tools: Sequence[Tool], connection: Connection) -> None:
@@ -64,6 +56,9 @@ class MountedServer(Sequence[Tool], AbstractContextManager["MountedServer"]):
 
     def __len__(self) -> int:
         return len(self._tools)
+
+    def __enter__(self) -> MountedServer:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -89,15 +84,14 @@ def mount_mcp(
         max_output_chars, max_concurrent: as in ``Tool``, for each tool.
         retries: further attempts of a call during which the server died, for every tool; a tool that says that it is
             read-only or idempotent has 2 in any case.
-        secrets: environment variables, see ``Tool.secrets``. They are the only ones of ours that a stdio server gets,
-            beside the likes of PATH and HOME.
+        secrets: environment variables (``Tool.secrets``). A stdio server gets no others, but PATH, HOME and the like.
         headers: of each HTTP request; ``{NAME}`` stands for the secret of that name.
 
     Raises:
         MCPUnavailable: the server cannot be started or reached.
         ImportError: ``mcp`` is not installed.
         SecretMissing: a variable is not set.
-        ValueError: a tool's name or schema is no use.
+        ValueError: a tool's name or schema cannot be used.
     """
     try:
         from opd_env.tools.mcp.connection import START_TIMEOUT_S, CallLost, CallNotSent, Connection
@@ -132,7 +126,7 @@ def mount_mcp(
 
 
 def _parameters(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A server's schema without regular expressions; one that names no argument says nothing about them."""
+    """A server's schema, made safe to check calls by: it may name no argument, and hold patterns that never end."""
     open_end = {} if "properties" in schema else {"additionalProperties": True}
     return dict(_without_patterns({**schema, **open_end}))
 
@@ -155,7 +149,7 @@ def register_mcp_servers(servers: Mapping[str, Mapping[str, Any]]) -> None:
     """Mounts servers for the rest of the program and registers their tools; those of a known name are kept.
 
     Args:
-        servers: the options of ``mount_mcp`` for each, by a name of one's choice.
+        servers: the options of ``mount_mcp`` for each, by a name of your choice.
 
     Raises:
         ValueError: an unknown option, or a tool's name is taken; and what ``mount_mcp`` raises.

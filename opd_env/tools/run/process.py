@@ -1,4 +1,4 @@
-"""Runs a tool in a process of its own, which is killed when the time is up.
+"""Runs a tool in a child process, which is killed when the time is up.
 
 Worked example::
 
@@ -7,16 +7,15 @@ Worked example::
         '''Whether a regular expression matches.  ...'''
         return re.search(pattern, text) is not None     # a pathological pattern ends after one second
 
-What is covered: code that hangs anywhere (in C, with the interpreter's lock held), ends or crashes its
-process, or starts further processes: its whole process group is killed. If the parent is killed first, a
-timer of the kernel ends the child one second after its limit.
+What is covered: code that hangs anywhere (in C, with the interpreter's lock held), ends or crashes its process, or
+starts further processes: its whole process group is killed. If the parent is killed first, a timer of the kernel ends
+the child one second after its limit.
 
-What is not covered: this is no sandbox. The code has the user's rights and files, and a process that leaves
-the group (``setsid``) lives on. Code that a model wrote belongs into ``opd_env.tools.sandbox``.
+What is not covered: this is no sandbox. The code has the user's rights and files, and a process that leaves the group
+(``setsid``) lives on. Code that a model wrote belongs into ``opd_env.tools.sandbox``.
 
-A process starts in about 0.1 s, which is not counted as the student's time, and is used again by later
-episodes. Functions and classes of a script or a notebook are copied into it (by cloudpickle), those of
-modules are imported.
+A process starts in about 0.1 s, which is not counted as the student's time, and is used again by later episodes.
+Functions and classes of a script or a notebook are copied into it (by cloudpickle), those of modules are imported.
 
 Test it alone: ``pytest tests/tools/run/test_process.py``
 """
@@ -68,9 +67,8 @@ def copy_of(tool: Tool) -> bytes:
         try:
             _copies[tool] = cloudpickle.dumps(dataclasses.replace(tool))
         except Exception as error:
-            raise ValueError(
-                f"tool {tool.name!r} cannot be copied into a process of its own ({error}); give it isolation='thread'"
-            ) from error
+            message = f"tool {tool.name!r} cannot be copied into a process ({error}); give it isolation='thread'"
+            raise ValueError(message) from error
     return _copies[tool]
 
 
@@ -84,12 +82,11 @@ class ToolProcess:
     def __init__(self, tool: Tool) -> None:
         code = copy_of(tool)
         try:
-            ours, theirs = socket.socketpair()
-            with theirs:
-                command = [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())]
-                self._socket = ours
+            self._socket, childs = socket.socketpair()
+            with childs:
+                command = [sys.executable, "-c", _START, json.dumps(sys.path), str(childs.fileno())]
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+                    command, stdin=subprocess.DEVNULL, pass_fds=[childs.fileno()], start_new_session=True
                 )
             self._end = weakref.finalize(self, _kill, self._process, self._socket, os.getpid())
             started = self.ask(code, START_TIMEOUT_S)
@@ -113,7 +110,7 @@ class ToolProcess:
             (length,) = _LENGTH.unpack(self._receive(_LENGTH.size, deadline))
             if not 0 <= length <= _MAX_REPLY_BYTES:
                 raise ValueError(f"a reply of {length} bytes")
-            return _output_of(json.loads(self._receive(length, deadline)))
+            return _answer_of(json.loads(self._receive(length, deadline)))
         except TimeoutError:
             self.kill()
             raise TimeoutError(f"no answer within {timeout_s:g} s") from None
@@ -137,11 +134,6 @@ class ToolProcess:
             received += chunk
         return bytes(received)
 
-    @property
-    def alive(self) -> bool:
-        """Whether the process still runs."""
-        return self._process.poll() is None
-
     def kill(self) -> None:
         """Kills the process and all others of its group."""
         self._end()
@@ -164,12 +156,12 @@ class ProcessRunner:
     def call(self, arguments: Mapping[str, Any]) -> Answer:
         """Runs one call; a process that dies is a ToolError of kind ``exception``."""
         process, self._process = self._process or _take(self._tool), None
-        output = process.ask(json.dumps(arguments).encode(), self._tool.timeout_s)
-        if not self._tool.injected:
-            _give_back(self._tool, process)
-        else:
+        answer = process.ask(json.dumps(arguments).encode(), self._tool.timeout_s)
+        if self._tool.injected:
             self._process = process
-        return output
+        else:
+            _give_back(self._tool, process)
+        return answer
 
     def end_episode(self) -> None:
         """Closes the state; the process may serve another episode."""
@@ -207,7 +199,7 @@ def _take(tool: Tool) -> ToolProcess:
     waiting = _idle.get(tool, [])
     while waiting:
         process = waiting.pop()
-        if process.alive:
+        if process._process.poll() is None:
             return process
         process.kill()
     return ToolProcess(tool)
@@ -217,12 +209,12 @@ def _give_back(tool: Tool, process: ToolProcess) -> None:
     _idle.setdefault(tool, []).append(process)
 
 
-def _output_of(reply: object) -> Answer:
-    """A reply, which the tool may have written itself."""
+def _answer_of(reply: object) -> Answer:
+    """Checks a reply, which the tool may have written itself."""
     match reply:
         case [str() as content, str() | None as kind, bool() as truncated, int() as retries]:
             return Answer(content, None if kind is None else ToolErrorKind(kind), truncated, retries)
-    raise ValueError("no reply of ours")
+    raise ValueError("this is no reply of the child's main")
 
 
 def _kill(process: subprocess.Popen[bytes], channel: socket.socket, owner: int) -> None:
@@ -240,19 +232,19 @@ def main() -> None:
     os.set_inheritable(descriptor, False)
     connection, owner = Connection(descriptor), os.getpid()
 
-    def answer(output: Answer) -> None:
+    def reply(answer: Answer) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if os.getpid() != owner:
             os._exit(1)  # the tool forked and this is the child: it must not answer too
-        connection.send_bytes(json.dumps([output.content, output.error, output.truncated, output.retries]).encode())
+        connection.send_bytes(json.dumps(dataclasses.astuple(answer)).encode())
 
     try:
         tool: Tool = pickle.loads(connection.recv_bytes())
     except Exception as error:
-        answer(encode_error(error))
+        reply(encode_error(error))
         return
     code = ToolCode(tool)
-    answer(Answer(""))
+    reply(Answer(""))
     while True:
         try:
             arguments = json.loads(connection.recv_bytes())
@@ -261,8 +253,8 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, tool.timeout_s + 1)  # ends this process even when the parent cannot
         if arguments is None:
             code.close()
-            answer(Answer(""))
+            reply(Answer(""))
         else:
-            answer(code.call(arguments))
+            reply(code.call(arguments))
             if not tool.injected:
                 code.close()  # the next call may be another episode's

@@ -80,20 +80,20 @@ class ToolCode:
     def call(self, arguments: Mapping[str, Any]) -> Answer:
         """Runs one call, again if it may be; whatever the code raises becomes an error for the student."""
         self._deadline = time.monotonic() + self.tool.timeout_s + _GRACE_S
-        pause, attempt = FIRST_RETRY_S, 0
+        attempt = 0
         while True:
             try:
-                output = encode_answer(self._value(arguments), self.tool.max_output_chars, self._secrets)
-                return dataclasses.replace(output, retries=attempt)
+                answer = encode_answer(self._value(arguments), self.tool.max_output_chars, self._secrets)
             except TimeUp:
                 raise  # nobody waits for an answer any more, and logging could be hit by the next one
             except BaseException as error:  # even SystemExit: this thread or process is the tool's alone
-                if attempt == self.tool.retries or not issubclass(type(error), tuple(self.tool.retry_on)):
-                    self._log(logging.DEBUG, "tool %s raised")
-                    output = encode_error(error, self.tool.max_output_chars, self._secrets)
-                    return dataclasses.replace(output, retries=attempt)
-            time.sleep(pause)
-            pause, attempt = 2 * pause, attempt + 1
+                if attempt < self.tool.retries and issubclass(type(error), tuple(self.tool.retry_on)):
+                    time.sleep(FIRST_RETRY_S * 2**attempt)
+                    attempt += 1
+                    continue
+                self._log(logging.DEBUG, "tool %s raised")
+                answer = encode_error(error, self.tool.max_output_chars, self._secrets)
+            return dataclasses.replace(answer, retries=attempt)
 
     def _value(self, arguments: Mapping[str, Any]) -> Any:
         keywords = self.tool.convert(arguments)

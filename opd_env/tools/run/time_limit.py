@@ -5,10 +5,10 @@ Worked example::
     run_with_limit(lambda: 6 * 7, timeout_s=1.0)          # 42
     run_with_limit(lambda: time.sleep(60), timeout_s=0.1)  # TimeoutError after 0.1 s
 
-What is covered: the caller has its TimeoutError on time. Python code ends at its next bytecode, where an exception
-is raised in it. Code that waits in C and lets other threads run (sleep, sockets, files, locks, subprocesses) is left
-behind, and does nothing more once that wait is over. Code inside logging, an import or a lock's own methods is ended
-later, since what it holds there would stay locked for all. ``threads_left_behind()`` counts what has not ended yet.
+What is covered: the caller has its TimeoutError on time. Python code ends at its next bytecode, where an exception is
+raised in it. Code that waits in C and lets other threads run (sleep, sockets, files, locks, subprocesses) is left
+behind, and ends once that wait is over. Code inside logging, an import or a lock's own methods is ended later, since
+what it holds there would stay locked for all. ``threads_left_behind()`` counts what has not ended yet.
 
 What is not covered: a loop that catches ``BaseException`` and goes on; C code that keeps the interpreter's lock (a
 huge integer power, a pathological regular expression), which stops the caller too; code that ends the whole process.

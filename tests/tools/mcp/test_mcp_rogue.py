@@ -22,7 +22,7 @@ from opd_env.tools import Toolbox, ToolErrorKind
 from opd_env.tools.mcp.tools import MountedServer, mount_mcp
 
 pytest.importorskip("mcp", reason="needs the extra mcp")
-from opd_env.tools.mcp import connection, transports
+from opd_env.tools.mcp import connection
 
 ROGUE = str(Path(__file__).with_name("mcp_rogue.py"))
 LIMIT = 2.0
@@ -121,7 +121,7 @@ def test_a_call_that_finds_the_server_dead_is_answered_by_the_next(patience: flo
 def test_a_call_that_was_never_written_is_made_again_whether_it_or_the_servers_end_comes_first(
     first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send = transports._ToServer.send
+    send = connection._ToServer.send
 
     class Lines(asyncio.StreamReader):
         async def readline(self) -> bytes:
@@ -135,7 +135,7 @@ def test_a_call_that_was_never_written_is_made_again_whether_it_or_the_servers_e
         await send(self, item)
 
     monkeypatch.setattr(asyncio, "StreamReader", Lines)
-    monkeypatch.setattr(transports._ToServer, "send", send_late)
+    monkeypatch.setattr(connection._ToServer, "send", send_late)
     with mount("") as server, Toolbox(list(server)) as toolbox:
         pid = pid_of(toolbox)
         if first == "the end":
