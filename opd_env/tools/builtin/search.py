@@ -99,8 +99,8 @@ class BM25Index(SearchIndex):
         scores = self._bm25.get_scores(known)
         found = np.flatnonzero(scores > 0)
         if len(found) > _SAMPLE_EVERY * k:
-            # The k-th best of a part is no better than the k-th best of all, so this drops none of the k best, and nearly
-            # all others.
+            # The k-th best of a part is no better than the k-th best of all, so this drops none of the k best and
+            # nearly all others.
             found = found[scores[found] >= np.partition(scores[found[::_SAMPLE_EVERY]], -k)[-k]]
         if len(found) > k:
             last = np.partition(scores[found], -k)[-k]
