@@ -117,7 +117,8 @@ def build(settings: type[AnySettings], values: Mapping[str, Any], *, source: str
     check_keys(settings, values, source)
     absent = list(missing(settings, values))
     if absent:
-        raise ConfigError(f"{' and '.join(absent)} must be set: in a YAML file, or --{absent[0]} …")
+        names = " and ".join([", ".join(absent[:-1]), absent[-1]] if absent[1:] else absent)
+        raise ConfigError(f"{names} must be set: in a YAML file, or --{absent[0]} …")
     return settings(**values)
 
 

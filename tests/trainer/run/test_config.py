@@ -165,7 +165,7 @@ def test_a_mistake_is_one_sentence_that_says_what_to_do(run_yaml, options, expec
         ("a: [\n", "is not YAML"),
         ("student: {model: null}\nteacher: {model: t}\ntask: x\n", "student.model must be set"),
         ("teacher: {model: t}\ntask: x\n", "student.model must be set: in a YAML file, or --student.model"),
-        ("{}\n", "task and student.model and teacher.model must be set"),
+        ("{}\n", "task, student.model and teacher.model must be set"),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file(tmp_path, text, expected):
