@@ -93,10 +93,12 @@ def read_signature(function: Callable[..., Any], hidden: Collection[str] = ()) -
     parameters = inspect.signature(function).parameters
     injected = {name: mark.make for name, hint in hints.items() if (mark := _mark(hint)) is not None}
     visible = [name for name in parameters if name not in hidden and name not in injected]
-    for name in (name for name in hidden if name not in parameters):
-        problems.append(f"parameter {name!r} must exist to receive what the kit puts in")
-    for name in (name for name in documented if name not in parameters):
-        problems.append(f"the docstring describes {name!r}, which is no parameter{did_you_mean(name, visible)}")
+    for name in hidden:
+        if name not in parameters:
+            problems.append(f"parameter {name!r} must exist to receive what the kit puts in")
+    for name in documented:
+        if name not in parameters:
+            problems.append(f"the docstring describes {name!r}, which is no parameter{did_you_mean(name, visible)}")
     properties: JSONSchema = {}
     converts: dict[str, Convert] = {}
     required = []

@@ -129,18 +129,20 @@ def _refusals(toolbox: Toolbox, tool: Tool) -> Check:
     results = [toolbox.call(tool.name, arguments) for arguments in calls]
     kinds = (ToolErrorKind.SCHEMA, ToolErrorKind.NOT_AN_OBJECT)
     accepted = [_compact(call) for call, result in zip(calls, results, strict=True) if result.error not in kinds]
-    told = f"; accepted: {', '.join(accepted)}" if accepted else ""
-    return Check(
-        "refuses wrong arguments", not accepted, f"{len(calls) - len(accepted)} of {len(calls)} bad calls refused{told}"
-    )
+    detail = f"{len(calls) - len(accepted)} of {len(calls)} bad calls refused"
+    if accepted:
+        detail = f"{detail}; accepted: {', '.join(accepted)}"
+    return Check("refuses wrong arguments", not accepted, detail)
 
 
 def _answer(result: ToolResult, arguments: Mapping[str, Any], must_answer: bool) -> Check:
     own_error = result.error is ToolErrorKind.EXCEPTION and "no JSON value" not in result.content
-    cut = " (cut to max_output_chars)" if result.truncated else ""
+    shortened = " (cut to max_output_chars)" if result.truncated else ""
     accepted = own_error and not must_answer
     made_up = " (these arguments are made up: an error is accepted; give an example of yours)" if accepted else ""
-    return Check(f"answers {_compact(arguments)}", result.ok or accepted, f"{_shown(result.content)}{cut}{made_up}")
+    return Check(
+        f"answers {_compact(arguments)}", result.ok or accepted, f"{_shown(result.content)}{shortened}{made_up}"
+    )
 
 
 def _bad_calls(parameters: Mapping[str, Any]) -> Iterator[object]:

@@ -217,8 +217,8 @@ def test_the_package_exports_what_it_says() -> None:
 
 def test_importing_the_package_is_light() -> None:
     program = (
-        "import sys; import opd_env.tools; "
-        "print([m for m in ('torch', 'numpy', 'jsonschema', 'bm25s', 'cloudpickle', 'asyncio', "
+        "import sys; import opd_env.tools, opd_env.tools.mcp; "
+        "print([m for m in ('torch', 'numpy', 'jsonschema', 'bm25s', 'cloudpickle', 'asyncio', 'mcp', 'anyio', "
         "'opd_env.tools.builtin.calculator', 'opd_env.tools.sandbox') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -172,7 +172,7 @@ class ThreadRunner:
 
     def call(self, arguments: Mapping[str, Any]) -> Answer:
         """Runs one call."""
-        return self._limited(self._current(), lambda code: code.call(arguments))
+        return self._limited(lambda code: code.call(arguments))
 
     def shared(self, state: Shared) -> Any:
         """What ``state`` has made for this episode, or makes now.
@@ -181,7 +181,7 @@ class ThreadRunner:
             TimeoutError: it took longer than a call may.
             Exception: whatever the making raises.
         """
-        return self._limited(self._current(), lambda code: code.shared(state))
+        return self._limited(lambda code: code.shared(state))
 
     def _current(self) -> ToolCode:
         """The code for the present episode, which another tool of it may have ended."""
@@ -189,7 +189,8 @@ class ThreadRunner:
             self._code = ToolCode(self._tool, self._episode)
         return self._code
 
-    def _limited(self, code: ToolCode, run: Callable[[ToolCode], Value]) -> Value:
+    def _limited(self, run: Callable[[ToolCode], Value]) -> Value:
+        code = self._current()
         try:
             return run_with_limit(lambda: run(code), self._tool.timeout_s)
         except TimeoutError:
