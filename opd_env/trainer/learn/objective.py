@@ -27,7 +27,7 @@ from torch import Tensor
 from opd_env.episode.trajectory import Trajectory
 from opd_env.trainer.batch import Head, MicroBatch, Row, rows_of
 from opd_env.trainer.learn.settings import ObjectiveSettings
-from opd_env.trainer.learn.teacher_signal import Compared, make_comparison
+from opd_env.trainer.learn.teacher_signal import TeacherSignal, make_source
 from opd_env.trainer.learn.token_weights import Scheme, scheme_weights
 from opd_env.trainer.math.advantages import advantage, group_relative
 from opd_env.trainer.math.divergences import get_divergence
@@ -60,7 +60,7 @@ class TokenValues:
     @classmethod
     def joined(cls, parts: Sequence[TokenValues]) -> TokenValues:
         """Several in a row."""
-        return cls(**{one.name: torch.cat([getattr(part, one.name) for part in parts]) for one in fields(cls)})
+        return cls(*(torch.cat([getattr(part, column.name) for part in parts]) for column in fields(cls)))
 
 
 class OPDObjective:
@@ -89,7 +89,7 @@ class OPDObjective:
         self._settings = settings
         self._samples = samples_per_problem
         self._divergence = get_divergence(settings.divergence, **settings.divergence_options)
-        self._comparison = make_comparison(settings, teacher, self._divergence, vocab_size, temperature)
+        self._source = make_source(settings, teacher, self._divergence, vocab_size, temperature)
         self.teacher_seconds = 0.0
         """What the teacher took in ``begin``."""
         self.rows: list[Row] = []
@@ -109,7 +109,7 @@ class OPDObjective:
             for number, trajectory in enumerate(trajectories)
             for row in rows_of(trajectory, episode=number if together else None)
         ]
-        self._comparison.begin(trajectories)
+        self._source.begin(trajectories)
         self._progress = progress
         self._rewards_N = self._rewards(trajectories)
         self._weights_N = _joined(np.float32, [self._settings.token_weights.of_tokens(one) for one in trajectories])
@@ -121,24 +121,24 @@ class OPDObjective:
 
     def end(self) -> None:
         """The update is done or has failed: what the teacher holds for it is let go."""
-        self._comparison.end()
+        self._source.end()
 
     def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head, num_tokens: float) -> Tensor:
-        """The micro-batch's share of the loss, a scalar; see ``Objective``."""
+        """The micro-batch's share of the loss, a scalar (``update.Objective``)."""
         settings = self._settings
-        compared = self._comparison(batch, hidden_NH, head)
-        logprobs_N = compared.logprobs_N
+        signal = self._source(batch, hidden_NH, head)
+        logprobs_N = signal.logprobs_N
         behaviour_N = self.tokens.behaviour_logprobs_N[batch.index_N].to(logprobs_N.device)
         sums = settings.estimator is not Estimator.SAMPLED
         frozen = settings.ratio_policy is RatioPolicy.ROLLOUT and not sums
-        log_ratio_N = compared.teacher_logprobs_N - (behaviour_N if frozen else logprobs_N.detach())
-        kl_N = -log_ratio_N if compared.kl_N is None else compared.kl_N
-        if compared.span_N is not None:
-            log_ratio_N = sums_by_span(log_ratio_N, compared.span_N)
+        log_ratio_N = signal.teacher_logprobs_N - (behaviour_N if frozen else logprobs_N.detach())
+        kl_N = -log_ratio_N if signal.kl_N is None else signal.kl_N
+        if signal.span_N is not None:
+            log_ratio_N = sums_by_span(log_ratio_N, signal.span_N)
         weights_N = self._weights(batch, log_ratio_N)
-        distilled_N = self._advantages(batch, log_ratio_N, compared, weights_N)
+        distilled_N = self._advantages(batch, log_ratio_N, signal, weights_N)
         rewarded_N = self._rewards_N[batch.index_N].to(logprobs_N)
-        self._note(batch, compared, log_ratio_N, kl_N, distilled_N + rewarded_N, weights_N)
+        self._note(batch, signal, log_ratio_N, kl_N, distilled_N + rewarded_N, weights_N)
         loss = torch.zeros((), device=logprobs_N.device)
         if not sums or settings.reward_coefficient > 0:
             loss = policy_loss(
@@ -150,8 +150,8 @@ class OPDObjective:
                 clip_ratio=settings.clip_ratio,
                 truncate_weight=settings.truncate_weight,
             )
-        if compared.loss_N is not None and sums and settings.divergence_coefficient > 0:
-            loss = loss + mean_loss(scaled(compared.loss_N, weights_N), num_tokens)
+        if signal.loss_N is not None and sums and settings.divergence_coefficient > 0:
+            loss = loss + mean_loss(scaled(signal.loss_N, weights_N), num_tokens)
         return loss
 
     def _weights(self, batch: MicroBatch, log_ratio_N: Tensor) -> Tensor:
@@ -162,13 +162,13 @@ class OPDObjective:
         scheme_N = scheme_weights(settings.weight_scheme, log_ratio_BS, turn_BS, mask_BS, self._progress)[mask_BS]
         return settings.divergence_coefficient * self._weights_N[batch.index_N].to(scheme_N) * scheme_N
 
-    def _advantages(self, batch: MicroBatch, log_ratio_N: Tensor, compared: Compared, weights_N: Tensor) -> Tensor:
+    def _advantages(self, batch: MicroBatch, log_ratio_N: Tensor, signal: TeacherSignal, weights_N: Tensor) -> Tensor:
         """The divergence's share of every token's advantage."""
         settings = self._settings
         log_ratio_BS, mask_BS = batch.by_episode(log_ratio_N)
         baseline_BS = None
-        if settings.baseline is Baseline.VALUE and compared.baseline_N is not None:
-            baseline_BS, _ = batch.by_episode(compared.baseline_N)
+        if settings.baseline is Baseline.VALUE and signal.baseline_N is not None:
+            baseline_BS, _ = batch.by_episode(signal.baseline_N)
         advantages_BS = advantage(
             log_ratio_BS,
             self._divergence,
@@ -191,11 +191,11 @@ class OPDObjective:
         counts_E = torch.tensor([one.num_sampled for one in trajectories], dtype=torch.int64)
         return self._settings.reward_coefficient * relative_E.repeat_interleave(counts_E)
 
-    def _note(self, batch: MicroBatch, compared: Compared, *others: Tensor) -> None:
+    def _note(self, batch: MicroBatch, signal: TeacherSignal, *others: Tensor) -> None:
         tokens = self.tokens
         for name, value_N in zip(
             ("logprobs_N", "entropy_N", "log_ratio_N", "kl_N", "advantages_N", "weights_N"),
-            (compared.logprobs_N, compared.entropy_N, *others),
+            (signal.logprobs_N, signal.entropy_N, *others),
             strict=True,
         ):
             getattr(tokens, name)[batch.index_N] = value_N.detach().float().cpu()

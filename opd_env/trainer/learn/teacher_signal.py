@@ -1,21 +1,23 @@
-"""Teacher and student at the sampled tokens of a micro-batch: by one log-prob each, over the top k, or over all.
+"""What the teacher says about a micro-batch's tokens: a log-prob each, its top k, or the whole vocabulary.
 
-Each comparison asks the teacher for what it needs, once per update, and gives one record per micro-batch::
+A source asks the teacher for what it needs, once per update, and compares both models per micro-batch::
 
-    comparison = make_comparison(objective, teacher, divergence, vocab_size, temperature)
-    comparison.begin(trajectories)                          # the teacher reads the episodes
-    compared = comparison(batch, hidden_NH, head)
-    compared.logprobs_N, compared.teacher_logprobs_N
-    comparison.end()                                        # after the update
+    source = make_source(settings.objective, teacher, divergence, vocab_size, temperature)
+    source.begin(trajectories)                          # the teacher reads the episodes
+    signal = source(batch, hidden_NH, head)
+    signal.logprobs_N, signal.teacher_logprobs_N
+    source.end()                                        # after the update
 
 Test it alone: ``pytest tests/trainer/learn/test_teacher_signal.py``
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -28,10 +30,12 @@ from opd_env.trainer.math.modes import Baseline, Estimator
 from opd_env.trainer.teachers.base import LogitsTeacher, Teacher, TopKTeacher, by_trajectory
 from opd_env.trainer.teachers.cross_tokenizer import CrossTokenizerTeacher
 
+AnyTeacher = TypeVar("AnyTeacher", bound=Teacher)
+
 
 @dataclass(frozen=True, eq=False)
-class Compared:
-    """N sampled tokens. All but ``logprobs_N`` and ``loss_N`` are detached."""
+class TeacherSignal:
+    """Student and teacher at N sampled tokens. All but ``logprobs_N`` and ``loss_N`` are detached."""
 
     logprobs_N: Tensor
     """The student's, with gradient."""
@@ -48,78 +52,78 @@ class Compared:
     """Tokens of the same span are one outcome, with the sum of their log-ratios; None: every token is one."""
 
 
-class SampledComparison:
-    """One log-prob of the teacher per sampled token, asked for once per step."""
+class Source(ABC, Generic[AnyTeacher]):
+    """Where the signal comes from.
 
-    def __init__(self, teacher: Teacher, vocab_size: int, temperature: float) -> None:
-        self._temperature = temperature
-        self._teacher = teacher
-        self._chunk_size = positions_per_chunk(vocab_size)
-
-    def begin(self, trajectories: Sequence[Trajectory]) -> None:
-        """The teacher scores a step's episodes."""
-        self._teacher_N = self._teacher.score(trajectories)
-        by_trajectory(self._teacher, trajectories, self._teacher_N)  # one per sampled token, or an error
-
-    def end(self) -> None:
-        """Nothing is held."""
-
-    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
-        """Compares at a micro-batch's sampled tokens."""
-        scores = token_logprobs(
-            hidden_NH, head, batch.targets_N, temperature=self._temperature, chunk_size=self._chunk_size
-        )
-        teacher_N = self._teacher_N[batch.index_N].to(hidden_NH.device)
-        return Compared(scores.logprobs_N, teacher_N, scores.entropy_N)
-
-
-class SpanComparison(SampledComparison):
-    """One log-prob of a teacher with another tokenizer per span of sampled tokens."""
-
-    def __init__(self, teacher: CrossTokenizerTeacher, vocab_size: int, temperature: float) -> None:
-        super().__init__(teacher, vocab_size, temperature)
-        self._spans = teacher
-
-    def begin(self, trajectories: Sequence[Trajectory]) -> None:
-        """The teacher scores a step's episodes."""
-        scores = self._spans.score_spans(trajectories)
-        self._teacher_N, self._span_N = scores.logprobs_N, scores.span_N
-
-    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
-        """Compares at a micro-batch's sampled tokens."""
-        compared = super().__call__(batch, hidden_NH, head)
-        return replace(compared, span_N=self._span_N[batch.index_N].to(hidden_NH.device))
-
-
-class TopKComparison:
-    """The teacher's k most likely tokens and a bucket for the rest, asked for once per step."""
+    Args:
+        objective: its mode, ``topk_tokens`` and ``clip_log_ratio`` count.
+        teacher: what to ask.
+        divergence: between the two models.
+        vocab_size: tokens of the student's tokenizer.
+        temperature: at which both models are read.
+    """
 
     def __init__(
         self,
         objective: ObjectiveSettings,
-        teacher: TopKTeacher,
+        teacher: AnyTeacher,
         divergence: Divergence,
         vocab_size: int,
         temperature: float,
     ) -> None:
-        if objective.topk_tokens > vocab_size:
-            raise ValueError(f"topk_tokens={objective.topk_tokens} is more than the vocabulary of {vocab_size} tokens")
         self._objective = objective
-        self._temperature = temperature
         self._teacher = teacher
         self._divergence = divergence
+        self._temperature = temperature
         self._chunk_size = positions_per_chunk(vocab_size)
 
+    @abstractmethod
     def begin(self, trajectories: Sequence[Trajectory]) -> None:
-        """The teacher scores a step's episodes."""
+        """The teacher reads an update's episodes."""
+
+    def end(self) -> None:
+        """Lets go what the teacher holds for the update."""
+
+    @abstractmethod
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> TeacherSignal:
+        """Compares at a micro-batch's sampled tokens."""
+
+
+class SampledSource(Source[AnyTeacher]):
+    """One log-prob of the teacher per sampled token."""
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        self._teacher_N = self._teacher.score(trajectories)
+        by_trajectory(self._teacher, trajectories, self._teacher_N)  # one per sampled token, or an error
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> TeacherSignal:
+        scores = token_logprobs(
+            hidden_NH, head, batch.targets_N, temperature=self._temperature, chunk_size=self._chunk_size
+        )
+        teacher_N = self._teacher_N[batch.index_N].to(hidden_NH.device)
+        return TeacherSignal(scores.logprobs_N, teacher_N, scores.entropy_N)
+
+
+class SpanSource(SampledSource[CrossTokenizerTeacher]):
+    """One log-prob of a teacher with another tokenizer per span of sampled tokens."""
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
+        scores = self._teacher.score_spans(trajectories)
+        self._teacher_N, self._span_N = scores.logprobs_N, scores.span_N
+
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> TeacherSignal:
+        signal = super().__call__(batch, hidden_NH, head)
+        return replace(signal, span_N=self._span_N[batch.index_N].to(hidden_NH.device))
+
+
+class TopKSource(Source[TopKTeacher]):
+    """The teacher's k most likely tokens and a bucket for the rest."""
+
+    def begin(self, trajectories: Sequence[Trajectory]) -> None:
         self._top = self._teacher.score_topk(trajectories, self._objective.topk_tokens)
         by_trajectory(self._teacher, trajectories, self._top.logprobs_N)  # one per sampled token, or an error
 
-    def end(self) -> None:
-        """Nothing is held."""
-
-    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
-        """Compares at a micro-batch's sampled tokens."""
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> TeacherSignal:
         objective, top, device = self._objective, self._top, hidden_NH.device
         scores = topk_divergence(
             hidden_NH,
@@ -135,7 +139,7 @@ class TopKComparison:
         )
         if scores.logprobs_N is None:
             raise TypeError("topk_divergence gave no scores of the sampled tokens")
-        return Compared(
+        return TeacherSignal(
             scores.logprobs_N,
             top.logprobs_N[batch.index_N].to(device),
             scores.entropy_N,
@@ -144,36 +148,21 @@ class TopKComparison:
         )
 
 
-class FullComparison:
-    """The whole vocabulary: the teacher's hidden states of a step are kept, its logits made beside the student's."""
+class FullSource(Source[LogitsTeacher]):
+    """The whole vocabulary: the teacher's hidden states of an update are kept, its logits made beside the student's."""
 
-    def __init__(
-        self,
-        objective: ObjectiveSettings,
-        teacher: LogitsTeacher,
-        divergence: Divergence,
-        vocab_size: int,
-        temperature: float,
-    ) -> None:
-        self._objective = objective
-        self._temperature = temperature
-        self._teacher = teacher
-        self._divergence = divergence
-        self._chunk_size = positions_per_chunk(vocab_size)
-        self._open = ExitStack()
+    _open = ExitStack()  # nothing is held before the first ``begin``
 
     def begin(self, trajectories: Sequence[Trajectory]) -> None:
-        """The teacher reads a step's episodes; its head stays at hand until ``end``."""
         self.end()
         self._hidden_NH = self._teacher.hidden(self._teacher.rows(trajectories))
-        self._head = self._open.enter_context(self._teacher.head())
+        self._open = ExitStack()
+        self._head = self._open.enter_context(self._teacher.head())  # its weights stay at hand until ``end``
 
     def end(self) -> None:
-        """Lets the teacher's head go."""
         self._open.close()
 
-    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> Compared:
-        """Compares at a micro-batch's sampled tokens."""
+    def __call__(self, batch: MicroBatch, hidden_NH: Tensor, head: Head) -> TeacherSignal:
         objective = self._objective
         scores = full_divergence(
             hidden_NH,
@@ -189,7 +178,7 @@ class FullComparison:
         )
         if scores.logprobs_N is None or scores.log_ratio_N is None:
             raise TypeError("full_divergence gave no scores of the sampled tokens")
-        return Compared(
+        return TeacherSignal(
             scores.logprobs_N,
             scores.logprobs_N.detach() + scores.log_ratio_N,
             scores.entropy_N,
@@ -199,25 +188,24 @@ class FullComparison:
         )
 
 
-Comparison = SampledComparison | TopKComparison | FullComparison
-
-
-def make_comparison(
+def make_source(
     objective: ObjectiveSettings, teacher: Teacher, divergence: Divergence, vocab_size: int, temperature: float
-) -> Comparison:
-    """The cheapest comparison that gives what the estimator and the baseline need.
+) -> Source[Any]:
+    """The cheapest source that gives what the estimator and the baseline need.
 
     Raises:
         ValueError: the teacher cannot give it.
     """
     if isinstance(teacher, CrossTokenizerTeacher):
-        return SpanComparison(teacher, vocab_size, temperature)
+        return SpanSource(objective, teacher, divergence, vocab_size, temperature)
     if objective.estimator is Estimator.SAMPLED and objective.baseline is Baseline.NONE:
-        return SampledComparison(teacher, vocab_size, temperature)
+        return SampledSource(objective, teacher, divergence, vocab_size, temperature)
     if isinstance(teacher, LogitsTeacher) and objective.estimator is not Estimator.TOPK:
-        return FullComparison(objective, teacher, divergence, vocab_size, temperature)
+        return FullSource(objective, teacher, divergence, vocab_size, temperature)
     if isinstance(teacher, TopKTeacher) and objective.estimator is not Estimator.FULL:
-        return TopKComparison(objective, teacher, divergence, vocab_size, temperature)
+        if objective.topk_tokens > vocab_size:
+            raise ValueError(f"topk_tokens={objective.topk_tokens} is more than the vocabulary of {vocab_size} tokens")
+        return TopKSource(objective, teacher, divergence, vocab_size, temperature)
     if objective.estimator is Estimator.FULL:
         raise ValueError(
             f"estimator=full needs a teacher in this process, {teacher.name} does not give its logits; set "

@@ -1,10 +1,10 @@
-"""Which comparison a run gets, what it asks the teacher for, and which teachers are refused."""
+"""Which source of the signal a run gets, what it asks the teacher for, and which teachers are refused."""
 
 import pytest
 import torch
 
 from opd_env.errors import TrainingError
-from opd_env.trainer.learn.teacher_signal import FullComparison, SampledComparison, TopKComparison, make_comparison
+from opd_env.trainer.learn.teacher_signal import FullSource, SampledSource, TopKSource, make_source
 from opd_env.trainer.math.divergences import get_divergence
 from opd_env.trainer.teachers.base import LocalTeacher
 from tests.tiny import tiny_tokenizer
@@ -37,24 +37,24 @@ class MostLikely(OneLogprob):
         return type(top)(*(getattr(top, name)[self.lost :] for name in vars(top)))
 
 
-def comparison(teacher, **settings):
-    return make_comparison(toy_config("unused", **settings).objective, teacher, get_divergence("jsd"), VOCABULARY, 1.0)
+def source(teacher, **settings):
+    return make_source(toy_config("unused", **settings).objective, teacher, get_divergence("jsd"), VOCABULARY, 1.0)
 
 
 @pytest.mark.parametrize(
     ("teacher", "settings", "kind"),
     [
-        (LOCAL, {"estimator": "sampled"}, SampledComparison),
-        (LOCAL, {"estimator": "sampled", "baseline": "value"}, FullComparison),
-        (LOCAL, {"estimator": "full"}, FullComparison),
-        (LOCAL, {"estimator": "topk"}, TopKComparison),
-        (OneLogprob(), {"estimator": "sampled"}, SampledComparison),
-        (MostLikely(), {"estimator": "sampled", "baseline": "value"}, TopKComparison),
-        (MostLikely(), {"estimator": "topk"}, TopKComparison),
+        (LOCAL, {"estimator": "sampled"}, SampledSource),
+        (LOCAL, {"estimator": "sampled", "baseline": "value"}, FullSource),
+        (LOCAL, {"estimator": "full"}, FullSource),
+        (LOCAL, {"estimator": "topk"}, TopKSource),
+        (OneLogprob(), {"estimator": "sampled"}, SampledSource),
+        (MostLikely(), {"estimator": "sampled", "baseline": "value"}, TopKSource),
+        (MostLikely(), {"estimator": "topk"}, TopKSource),
     ],
 )
-def test_a_run_gets_the_cheapest_comparison_that_suffices(teacher, settings, kind):
-    assert type(comparison(teacher, **settings)) is kind
+def test_a_run_gets_the_cheapest_source_that_suffices(teacher, settings, kind):
+    assert type(source(teacher, **settings)) is kind
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_a_run_gets_the_cheapest_comparison_that_suffices(teacher, settings, kin
 )
 def test_a_teacher_that_cannot_give_what_is_needed_is_refused(teacher, settings, reason):
     with pytest.raises(ValueError, match=reason):
-        comparison(teacher, **settings)
+        source(teacher, **settings)
 
 
 def test_a_top_k_teacher_that_loses_a_token_stops_the_step():
     with pytest.raises(TrainingError, match=r"likely gave 16 log-probs for 18 sampled tokens"):
-        comparison(MostLikely(lost=2), estimator="topk").begin(TRAJECTORIES)
+        source(MostLikely(lost=2), estimator="topk").begin(TRAJECTORIES)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
