@@ -6,6 +6,10 @@ Worked example::
     ids = chat.render_prompt([user("What is 6 * 7?")], tools=[calculator.schema])
     turn = chat.parse(sampled_ids)          # text, calls with token spans, typed errors
     ids += sampled_ids + chat.render_tool_results([tool_message("calculator", "42")])
+
+Stands on: ``messages`` and the kinds of ``tools``' errors; knows nothing of tasks, engines and episodes.
+Read first: ``base`` (what a format is), then ``template`` (how one is derived and proved) and ``hermes`` (a family).
+Who may change it: anyone may add a family (docs/formats.md); the rest with the properties of ``tests/formats``.
 """
 
 from __future__ import annotations
@@ -16,51 +20,30 @@ from opd_env.errors import unknown
 from opd_env.formats.base import ChatFormat, Rendered
 from opd_env.formats.chat_template import CALL, ChatTemplate
 from opd_env.formats.hermes import HermesFormat, parse_hermes
-from opd_env.formats.llama import LlamaFormat, parse_llama
-from opd_env.formats.mistral import MistralFormat, parse_mistral
+from opd_env.formats.llama import LlamaFormat
+from opd_env.formats.mistral import MistralFormat
 from opd_env.formats.parse import ParsedCall, ParsedTurn, Span
-from opd_env.formats.pythonic import PythonicFormat, ToolCodeFormat, parse_pythonic, parse_tool_code
-from opd_env.formats.sections import DeepSeekFormat, KimiFormat, parse_deepseek, parse_kimi
+from opd_env.formats.pythonic import PythonicFormat, ToolCodeFormat
+from opd_env.formats.sections import DeepSeekFormat, KimiFormat
 from opd_env.formats.template import TemplateFormat
 
 __all__ = [
     "FORMATS",
     "ChatFormat",
-    "DeepSeekFormat",
-    "HermesFormat",
-    "KimiFormat",
-    "LlamaFormat",
-    "MistralFormat",
     "ParsedCall",
     "ParsedTurn",
-    "PythonicFormat",
     "Rendered",
     "Span",
     "TemplateFormat",
-    "ToolCodeFormat",
     "format_named",
     "get_format",
-    "parse_deepseek",
     "parse_hermes",
-    "parse_kimi",
-    "parse_llama",
-    "parse_mistral",
-    "parse_pythonic",
-    "parse_tool_code",
 ]
 
-FORMATS: dict[str, type[TemplateFormat]] = {
-    family.name: family
-    for family in (
-        HermesFormat,
-        MistralFormat,
-        LlamaFormat,
-        PythonicFormat,
-        ToolCodeFormat,
-        DeepSeekFormat,
-        KimiFormat,
-    )
-}
+_FAMILIES: list[type[TemplateFormat]] = [
+    HermesFormat, MistralFormat, LlamaFormat, PythonicFormat, ToolCodeFormat, DeepSeekFormat, KimiFormat,
+]  # fmt: skip
+FORMATS = {family.name: family for family in _FAMILIES}
 """Every format by its name, in the order in which they are tried."""
 
 _OF_TOKENS = {"<|im_start|>": "hermes", "<start_of_turn>": "tool_code"}

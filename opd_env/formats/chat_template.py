@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from opd_env.formats.token_text import any_of
 from opd_env.messages import Message, ToolCall, assistant, system, tool_message, user
 
 CALL_ID = "call{number:05d}"
@@ -50,8 +51,8 @@ class Refused(ValueError):
     """The template takes no such conversation."""
 
 
-class Slot(NamedTuple):
-    """A place in the scaffold that depends on a tool message."""
+class Blank(NamedTuple):
+    """A place in the scaffold that a tool message fills in."""
 
     field: str
     """``name`` or ``id``."""
@@ -59,7 +60,7 @@ class Slot(NamedTuple):
     """0: of the result that follows, -1: of the one before."""
 
 
-Part = str | Slot
+Part = str | Blank
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,11 @@ class ChatTemplate:
         """The generation prompt opens a thinking block, so that sampled turns begin inside it."""
         turn = self.turn_of(self.render([*OPENING, assistant(_TEXT)], self.tools, prompt=False))
         lead, found, rest = turn.partition(_TEXT)
-        special = re.match("|".join(map(re.escape, self._special_tokens())), rest) if found else None
-        if not special:
+        special = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
+        ending = special.match(rest) if found else None
+        if ending is None:
             raise ValueError(f"the chat template of {self.name} writes no end-of-turn token: {turn!r} for a turn")
-        self.end = special.group()
+        self.end = ending.group()
         """Text of the end-of-turn token."""
         self.lead = "\n</think>\n\n" if self.opens_thinking else "" if lead.strip() else lead
         """What stands before a turn without thinking: a space (Mistral), or the end of an opened thinking block."""
@@ -182,7 +184,7 @@ class ChatTemplate:
         calls = [ToolCall(result["name"], CALL.arguments) for result in results]
         try:
             rendered = self.render([*OPENING, assistant("", calls), *results], self.tools)
-        except ValueError:  # Llama's writes one call in a turn
+        except Refused:  # Llama's writes one call in a turn
             rendered = self.render([*OPENING, assistant("", calls[:1]), *results], self.tools)
         return self.turn_of(rendered).partition(self.end)[2]
 
@@ -190,11 +192,11 @@ class ChatTemplate:
         conversation = [*OPENING, assistant("", [CALL]), _result(1)]
         try:
             rendered = self.render(conversation, self.tools)
-        except ValueError:
+        except Refused:
             self._arguments_as_text = True  # DeepSeek's joins them to other text
             try:
                 rendered = self.render(conversation, self.tools)
-            except ValueError:
+            except Refused:
                 if self.describes_tools:
                     raise
                 return ""  # Gemma's knows no role of tools
@@ -225,10 +227,6 @@ class ChatTemplate:
         function: dict[str, Any] = call["function"]
         return {**function, "arguments": _as_json(function["arguments"])} if self._arguments_as_text else function
 
-    def _special_tokens(self) -> list[str]:
-        contents = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.content.strip()]
-        return sorted(contents, key=len, reverse=True)
-
 
 def without_thinking(text: str) -> str:
     """The text without thinking blocks and the space that follows them."""
@@ -245,13 +243,13 @@ def _as_json(value: Any) -> str:
 
 
 def _parts(text: str, next_number: int) -> tuple[Part, ...]:
-    """The text with slots for names and identifiers; ``next_number`` is that of the result which follows."""
+    """The text with blanks for names and identifiers; ``next_number`` is that of the result which follows."""
     parts: list[Part] = []
     position = 0
     for match in _ID.finditer(text):
         if position < match.start():
             parts.append(text[position : match.start()])
         number = int(match[1] or match[2] or match[3])
-        parts.append(Slot("name" if match[3] else "id", number - next_number))
+        parts.append(Blank("name" if match[3] else "id", number - next_number))
         position = match.end()
     return (*parts, text[position:]) if position < len(text) else tuple(parts)

@@ -14,7 +14,7 @@ Test it alone: ``pytest tests/formats/test_check.py``
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from opd_env.formats import FORMATS, get_format
@@ -33,7 +33,7 @@ _RANDOM_TURNS = 2000
 
 
 class Finding(NamedTuple):
-    """What came of one check."""
+    """The result of one check."""
 
     name: str
     ok: bool
@@ -49,40 +49,34 @@ def check_format(chat: TemplateFormat) -> list[Finding]:
         chat: what ``get_format(tokenizer)`` gave: it has proved that appending gives the template's tokens.
     """
     stops = ", ".join(f"{chat.decode([index])} ({index})" for index in chat.stop_token_ids)
-    checks: dict[str, Callable[[], Iterator[str]]] = {
-        "calls read back": lambda: _calls(chat),
-        "text reads back": lambda: _answers(chat),
-        "tool text is text": lambda: _injections(chat),
-        "any tokens are read": lambda: _random_turns(chat),
-    }
+    rows = f"a new row begins with {'; with '.join(chat.not_append_only)}" if chat.not_append_only else "always"
     findings = [
         Finding("format", True, f"{chat.name}; a turn ends with {stops}"),
-        Finding("append-only", not chat.not_append_only, _new_rows(chat)),
+        Finding("append-only", not chat.not_append_only, rows),
     ]
-    for name, check in checks.items():
-        problems = list(check())
-        findings.append(Finding(name, not problems, problems[0] if problems else "yes", fails=bool(problems)))
+    for name, problems in {
+        "calls read back": _calls(chat),
+        "text reads back": _answers(chat),
+        "tool text is text": _injections(chat),
+        "any tokens are read": _random_turns(chat),
+    }.items():
+        problem = next(problems, None)
+        findings.append(Finding(name, problem is None, problem or "yes", fails=problem is not None))
     return findings
 
 
 def check_formats(tokenizer: Any) -> list[Finding]:
     """One finding per name in ``FORMATS``: whether that format may be chosen for this tokenizer, or why not."""
-    return [_named(tokenizer, name) for name in FORMATS]
-
-
-def _named(tokenizer: Any, name: str) -> Finding:
-    try:
-        findings = check_format(get_format(tokenizer, name))
-    except ValueError as error:
-        return Finding(name, False, str(error), fails=True)
-    wrong = sorted((one for one in findings if not one.ok), key=lambda one: not one.fails)
-    return Finding(
-        name, not wrong, f"{wrong[0].name}: {wrong[0].detail}" if wrong else "passes", any(one.fails for one in wrong)
-    )
-
-
-def _new_rows(chat: TemplateFormat) -> str:
-    return f"a new row begins with {'; with '.join(chat.not_append_only)}" if chat.not_append_only else "always"
+    found = []
+    for name in FORMATS:
+        try:
+            wrong = [one for one in check_format(get_format(tokenizer, name)) if not one.ok]
+        except ValueError as error:
+            wrong = [Finding("", False, str(error), fails=True)]
+        worst = max(wrong, key=lambda one: one.fails, default=Finding("", True, "passes"))
+        detail = f"{worst.name}: {worst.detail}" if worst.name else worst.detail
+        found.append(Finding(name, worst.ok, detail, worst.fails))
+    return found
 
 
 def _calls(chat: TemplateFormat) -> Iterator[str]:

@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from opd_env.formats.json_calls import JSONProblem, check_call, decode_json, repaired_call, skip_space
+from opd_env.formats.json_calls import JSONProblem, broken_call, check_call, decode_json, repaired_call, skip_space
 from opd_env.formats.parse import ParsedCall, ParsedTurn, Span, read_turn
 from opd_env.formats.template import TemplateFormat, join_calls
 from opd_env.messages import ToolCall
@@ -33,13 +33,7 @@ _EXAMPLE = 'write <tool_call>\n{"name": "…", "arguments": {…}}\n</tool_call>
 
 
 def parse_hermes(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
-    """Takes a turn apart. See ``opd_env.formats.parse`` for the rules.
-
-    Args:
-        text: the assistant's turn without its end-of-turn token.
-        thinking: the text begins inside a thinking block.
-        repair: put small faults right, see ``opd_env.formats.json_calls``.
-    """
+    """Takes a turn apart; arguments as for ``Parser``."""
 
     def read(match: re.Match[str], blank: bool) -> Sequence[ParsedCall]:
         if match.group() == "<tool_call>":
@@ -70,12 +64,11 @@ def _read_block(text: str, start: int, body: int, repair: bool) -> ParsedCall:
     raw, span = text[body : follower.start()].strip(), Span(start, follower.end())
     if repair and (repaired := repaired_call(raw, span, _EXAMPLE)):
         return repaired
-    message = f"the call is not readable: {reason}; {_EXAMPLE}"
-    return ParsedCall(span, raw, error=ToolErrorKind.INVALID_JSON, message=message)
+    return broken_call(span, raw, reason, True, _EXAMPLE)
 
 
 class HermesFormat(TemplateFormat):
-    """See the module. For a template that knows no tools (SmolLM2), the kit adds the tool section."""
+    """Hermes calls. Where the template knows no tools (SmolLM2), the kit adds the tool section."""
 
     name: ClassVar[str] = "hermes"
     parser = staticmethod(parse_hermes)
@@ -95,7 +88,6 @@ For each function call, return a json object with function name and arguments wi
     result_block: ClassVar[tuple[str, str]] = ("<tool_response>\n", "\n</tool_response>")
 
     def write(self, content: str, calls: Sequence[ToolCall]) -> str:
-        """See ``TemplateFormat``."""
         blocks = [
             f'<tool_call>\n{{"name": {json.dumps(call.name, ensure_ascii=False)}, '
             f'"arguments": {json.dumps(call.arguments, ensure_ascii=False)}}}\n</tool_call>'

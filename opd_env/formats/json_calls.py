@@ -6,9 +6,7 @@ Worked example::
     decode_json('{"a": NaN}', 0)                                # JSONProblem: NaN is not JSON
     check_call({"name": "f", "arguments": {}}, Span(0, 31), raw, "write …")     # ParsedCall(name='f', …)
 
-Small faults of a call that can be put right without guessing its meaning. Off by default, and always listed.
-
-With ``repair``::
+Small faults can be put right without guessing what was meant. That is off by default, and each is listed::
 
     get_format(tokenizer, repair=True).parse(ids).calls[0].repairs      # ('single quotes', 'trailing comma')
 
@@ -23,7 +21,7 @@ arguments as a string       the arguments are a JSON text in a JSON string
 text after the call         (Llama) text follows a call that should be the whole turn
 ==========================  ==============================================================
 
-Test it alone: ``pytest tests/formats/test_parse.py``
+Test it alone: ``pytest tests/formats/test_parse.py tests/formats/test_repairs.py``
 """
 
 from __future__ import annotations
@@ -33,86 +31,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NoReturn
 
 from opd_env.formats.parse import ParsedCall, Span
 from opd_env.tools import ToolErrorKind
-
-_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
-_PIECE = re.compile(r""""(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[A-Za-z_]+|[^"'A-Za-z_]+""", re.DOTALL)
-_TRAILING_COMMA = re.compile(r",(\s*)(?=[}\]])")
-_PAIRS = {"{": "}", "[": "]"}
-_LONGEST = 20_000  # characters; a longer block is not worth repairing
-
-
-def repair_name(name: str, repairs: list[str]) -> str:
-    """The last part of a dotted name; noted in ``repairs``."""
-    last = name.rsplit(".", 1)[-1]
-    if last == name or not last:
-        return name
-    repairs.append("dotted name")
-    return last
-
-
-def repair_json(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Texts that may be the JSON that was meant, with the names of the repairs, fewest first.
-
-    Every repair keeps what stands inside strings as it is. Whether a candidate is JSON is for the caller to see.
-    """
-    if len(text) > _LONGEST:
-        return
-    names: list[str] = []
-    inner = _inside_fence(text.strip())
-    if inner is not None:
-        text = inner
-        names = [*names, "code fence"]
-        yield text, names
-    pieces = _PIECE.findall(text)
-    if any(piece[0] == "'" for piece in pieces):
-        pieces = [_double_quoted(piece) if piece[0] == "'" else piece for piece in pieces]
-        names = [*names, "single quotes"]
-        yield "".join(pieces), names
-    if any(piece in _CONSTANTS for piece in pieces):
-        pieces = [_CONSTANTS.get(piece, piece) for piece in pieces]
-        names = [*names, "Python constants"]
-        yield "".join(pieces), names
-    without_commas = _outside_strings(pieces)
-    if without_commas != pieces:
-        pieces = without_commas
-        names = [*names, "trailing comma"]
-        yield "".join(pieces), names
-    if missing := _missing_brackets(pieces):
-        yield "".join(pieces) + missing, [*names, "missing brackets"]
-
-
-def _inside_fence(text: str) -> str | None:
-    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
-        return None
-    language, line_end, code = text[3:-3].partition("\n")
-    return code if line_end and (not language.strip() or language.strip().isalpha()) else text[3:-3]
-
-
-def _double_quoted(piece: str) -> str:
-    """A string in single quotes as JSON writes it. One that is not closed becomes something that is not JSON."""
-    inner = piece[1:-1].replace("\\'", "'")
-    return '"' + re.sub(r'(?<!\\)"', '\\"', inner) + '"'
-
-
-def _outside_strings(pieces: list[str]) -> list[str]:
-    """The pieces without commas before closing brackets. A piece outside strings holds all of ``, }``."""
-    return [piece if piece[0] == '"' else _TRAILING_COMMA.sub(r"\1", piece) for piece in pieces]
-
-
-def _missing_brackets(pieces: list[str]) -> str:
-    """The closing brackets that the text lacks at its end; empty when brackets do not match otherwise."""
-    expected: list[str] = []
-    for piece in pieces:
-        for char in "" if piece[0] == '"' else piece:
-            if char in _PAIRS:
-                expected.append(_PAIRS[char])
-            elif char in "}]" and (not expected or expected.pop() != char):
-                return ""
-    return "".join(reversed(expected))
 
 
 class JSONProblem(Exception):
@@ -185,22 +108,18 @@ def check_call(
     if repair:
         name = repair_name(name, repairs)
         if isinstance(arguments, str):
-            arguments = read_or_repair(arguments, repairs, arguments)
+            arguments = _read_or_repair(arguments, repairs, arguments)
             repairs.append("arguments as a string")
     if not isinstance(arguments, dict):
         return wrong(f'"{keys[0]}" is a JSON {_json_type(arguments)}, not an object')
     return ParsedCall(span, raw, name, arguments, repairs=tuple(repairs))
 
 
-def read_or_repair(text: str, repairs: list[str], default: Any = None) -> Any:
+def _read_or_repair(text: str, repairs: list[str], default: Any = None) -> Any:
     """The JSON value that is the whole of ``text``, repaired if need be; repairs made are added to ``repairs``."""
-    try:
-        return decode_whole(text)
-    except JSONProblem:
-        pass
-    for repaired, names in repair_json(text):
+    for candidate, names in chain([(text, [])], repair_json(text)):
         try:
-            value = decode_whole(repaired)
+            value = _decode_whole(candidate)
         except JSONProblem:
             continue
         repairs += names
@@ -211,33 +130,31 @@ def read_or_repair(text: str, repairs: list[str], default: Any = None) -> Any:
 def repaired_call(raw: str, span: Span, example: str, keys: tuple[str, ...] = ("arguments",)) -> ParsedCall | None:
     """A call from a block that is not JSON as it stands; None when no repair makes it a call."""
     repairs: list[str] = []
-    value = read_or_repair(raw, repairs)
+    value = _read_or_repair(raw, repairs)
     call = check_call(value, span, raw, example, keys, repair=True)
     return None if call.error else replace(call, repairs=(*repairs, *call.repairs))
 
 
-def decode_whole(text: str) -> Any:
-    """The JSON value that is the whole of ``text`` but for white space.
+def broken_call(span: Span, raw: str, reason: str, finished: bool, example: str) -> ParsedCall:
+    """A call that cannot be read: finished, so that it is not readable, or cut off."""
+    kind = ToolErrorKind.INVALID_JSON if finished else ToolErrorKind.UNTERMINATED
+    state = "readable" if finished else "finished"
+    return ParsedCall(span, raw, error=kind, message=f"the call is not {state}: {reason}; {example}")
 
-    Raises:
-        JSONProblem: it is not one value.
-    """
+
+def _decode_whole(text: str) -> Any:
+    """The JSON value that is the whole of ``text`` but for white space. Raises JSONProblem."""
     value, end = decode_json(text, skip_space(text, 0))
     if skip_space(text, end) < len(text):
         raise JSONProblem("text follows the value")
     return value
 
 
+_JSON_TYPES = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
+
+
 def _json_type(value: object) -> str:
-    names = {
-        type(None): "null",
-        bool: "boolean",
-        int: "number",
-        float: "number",
-        str: "string",
-        list: "array",
-    }
-    return names.get(type(value), "object")
+    return _JSON_TYPES.get(type(value), "object")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -262,14 +179,6 @@ def _clean_float(text: str) -> float:
 class _Decoder(json.JSONDecoder):
     """JSON as RFC 8259 has it, minus what cannot be passed on: NaN, infinities, duplicate keys, lone surrogates."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_unique_keys,
-            parse_float=_clean_float,
-            strict=False,
-        )
-
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
         value, end = super().raw_decode(s, idx)
         if _SURROGATE_ESCAPE.search(s, idx, end) and not is_unicode(value):
@@ -287,4 +196,76 @@ def is_unicode(value: object) -> bool:
 
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
-DECODER = _Decoder()
+DECODER = _Decoder(
+    parse_constant=_refuse_constant, object_pairs_hook=_unique_keys, parse_float=_clean_float, strict=False
+)
+
+_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
+_PIECE = re.compile(r""""(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[A-Za-z_]+|[^"'A-Za-z_]+""", re.DOTALL)
+_TRAILING_COMMA = re.compile(r",(\s*)(?=[}\]])")
+_PAIRS = {"{": "}", "[": "]"}
+_LONGEST = 20_000  # characters; a longer block is not worth repairing
+
+
+def repair_name(name: str, repairs: list[str]) -> str:
+    """The last part of a dotted name; noted in ``repairs``."""
+    last = name.rsplit(".", 1)[-1]
+    if last == name or not last:
+        return name
+    repairs.append("dotted name")
+    return last
+
+
+def repair_json(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Texts that may be the JSON that was meant, with the names of the repairs, fewest first.
+
+    Every repair keeps what stands inside strings as it is. Whether a candidate is JSON is for the caller to see.
+    """
+    if len(text) > _LONGEST:
+        return
+    names: list[str] = []
+    if (inner := _inside_fence(text.strip())) is not None:
+        text, names = inner, ["code fence"]
+        yield text, names
+    pieces = _PIECE.findall(text)
+    if any(piece[0] == "'" for piece in pieces):
+        pieces = [_double_quoted(piece) if piece[0] == "'" else piece for piece in pieces]
+        names = [*names, "single quotes"]
+        yield "".join(pieces), names
+    if any(piece in _CONSTANTS for piece in pieces):
+        pieces = [_CONSTANTS.get(piece, piece) for piece in pieces]
+        names = [*names, "Python constants"]
+        yield "".join(pieces), names
+    # A piece outside strings holds all of ``, }``.
+    without_commas = [piece if piece[0] == '"' else _TRAILING_COMMA.sub(r"\1", piece) for piece in pieces]
+    if without_commas != pieces:
+        pieces = without_commas
+        names = [*names, "trailing comma"]
+        yield "".join(pieces), names
+    if missing := _missing_brackets(pieces):
+        yield "".join(pieces) + missing, [*names, "missing brackets"]
+
+
+def _inside_fence(text: str) -> str | None:
+    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
+        return None
+    language, line_end, code = text[3:-3].partition("\n")
+    return code if line_end and (not language.strip() or language.strip().isalpha()) else text[3:-3]
+
+
+def _double_quoted(piece: str) -> str:
+    """A string in single quotes as JSON writes it. One that is not closed becomes something that is not JSON."""
+    inner = piece[1:-1].replace("\\'", "'")
+    return '"' + re.sub(r'(?<!\\)"', '\\"', inner) + '"'
+
+
+def _missing_brackets(pieces: list[str]) -> str:
+    """The closing brackets that the text lacks at its end; empty when brackets do not match otherwise."""
+    expected: list[str] = []
+    for piece in pieces:
+        for char in "" if piece[0] == '"' else piece:
+            if char in _PAIRS:
+                expected.append(_PAIRS[char])
+            elif char in "}]" and (not expected or expected.pop() != char):
+                return ""
+    return "".join(reversed(expected))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from opd_env.formats.json_calls import JSONProblem, check_call, decode_json, repaired_call, skip_space
+from opd_env.formats.json_calls import JSONProblem, broken_call, check_call, decode_json, repaired_call, skip_space
 from opd_env.formats.parse import ParsedCall, ParsedTurn, Span, read_turn
 from opd_env.formats.pythonic import read_python_calls
 from opd_env.formats.template import TemplateFormat
@@ -40,7 +40,7 @@ _BUILT_IN = re.compile(r"[^\W\d]\w*\.call\(")
 
 
 def parse_llama(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
-    """Takes a turn apart. Arguments as for ``parse_hermes``."""
+    """Takes a turn apart; arguments as for ``Parser``."""
 
     def read(match: re.Match[str], blank: bool) -> Sequence[ParsedCall]:
         if match.group() == "{":
@@ -85,9 +85,7 @@ def _broken(text: str, start: int, body: int, problem: JSONProblem, repair: bool
     span, raw = Span(start, len(text)), text[body:].strip()
     if repair and (repaired := repaired_call(raw, span, _EXAMPLE, _KEYS)):
         return repaired
-    kind = ToolErrorKind.UNTERMINATED if problem.unfinished else ToolErrorKind.INVALID_JSON
-    state = "not finished" if problem.unfinished else "not readable"
-    return ParsedCall(span, raw, error=kind, message=f"the call is {state}: {problem}; {_EXAMPLE}")
+    return broken_call(span, raw, str(problem), not problem.unfinished, _EXAMPLE)
 
 
 def _followed(text: str, call: ParsedCall, end: int, repair: bool) -> ParsedCall:
@@ -105,7 +103,7 @@ def _built_in(call: ParsedCall) -> ParsedCall:
 
 
 class LlamaFormat(TemplateFormat):
-    """See the module."""
+    """One call in a turn, ``{"name": …, "parameters": …}``, and no text beside it."""
 
     name: ClassVar[str] = "llama"
     parser = staticmethod(parse_llama)
@@ -113,7 +111,6 @@ class LlamaFormat(TemplateFormat):
     parallel_calls: ClassVar[bool] = False
 
     def write(self, content: str, calls: Sequence[ToolCall]) -> str:
-        """See ``TemplateFormat``."""
         objects = [
             f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, '
             f'"parameters": {json.dumps(call.arguments, ensure_ascii=False)}}}'

@@ -21,11 +21,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from opd_env.formats.chat_template import CALL_ID
-from opd_env.formats.json_calls import JSONProblem, check_call, decode_json, repaired_call, skip_space
+from opd_env.formats.json_calls import JSONProblem, broken_call, check_call, decode_json, repaired_call, skip_space
 from opd_env.formats.parse import ParsedCall, ParsedTurn, Span, read_turn
 from opd_env.formats.template import TemplateFormat
 from opd_env.messages import ToolCall
-from opd_env.tools import ToolErrorKind
 
 _MARK = "[TOOL_CALLS]"
 _MARKS = re.compile(r"<think>|\[THINK\]|\[TOOL_CALLS\]\s*")
@@ -35,7 +34,7 @@ _EXAMPLE_NAMED = "write [TOOL_CALLS]name[ARGS]{…}"
 
 
 def parse_mistral(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
-    """Takes a turn apart. Arguments as for ``parse_hermes``."""
+    """Takes a turn apart; arguments as for ``Parser``."""
 
     def read(match: re.Match[str], blank: bool) -> Sequence[ParsedCall]:
         start, body = match.span()
@@ -86,14 +85,12 @@ def _broken(text: str, start: int, body: int, problem: JSONProblem, repair: bool
     span, raw = Span(start, stop), text[body:stop].strip()
     if repair and (repaired := repaired_call(raw.removesuffix("]"), span, example)):
         return repaired
-    unfinished = problem.unfinished and stop == len(text)
-    kind = ToolErrorKind.UNTERMINATED if unfinished else ToolErrorKind.INVALID_JSON
-    state = "not finished" if unfinished else "not readable"
-    return ParsedCall(span, raw, error=kind, message=f"the call is {state}: {problem}; {example}")
+    finished = not problem.unfinished or stop < len(text)
+    return broken_call(span, raw, str(problem), finished, example)
 
 
 class MistralFormat(TemplateFormat):
-    """See the module."""
+    """An array of calls, or calls by name, as the template writes them."""
 
     name: ClassVar[str] = "mistral"
     parser = staticmethod(parse_mistral)
@@ -106,7 +103,6 @@ class MistralFormat(TemplateFormat):
         super().__init__(tokenizer, repair)
 
     def write(self, content: str, calls: Sequence[ToolCall]) -> str:
-        """See ``TemplateFormat``."""
         if self._named:
             blocks = [f"{_MARK}{call.name}[ARGS]{json.dumps(call.arguments, ensure_ascii=False)}" for call in calls]
             return content + "".join(blocks)

@@ -1,8 +1,7 @@
 """What a turn is once it is read: its text, its calls and its thinking, each with its place in the text.
 
-Every call syntax has a parser in a file of its own (``hermes``, ``llama``, ``mistral``, ``pythonic``,
-``tool_code``, ``deepseek``, ``kimi``), built on ``read_turn``. All are pure and total: any text gives a result, in
-linear time.
+Every call syntax has a parser (in ``hermes``, ``llama``, ``mistral``, ``pythonic``, ``sections``), built on
+``read_turn``. All are pure and total: any text gives a result, in linear time.
 
 Worked example::
 
@@ -13,7 +12,7 @@ Worked example::
 Rules of every syntax
 - A call that cannot be read is a call with a typed error, which the student is told: a malformed call is never
   mistaken for a final answer.
-- Nothing is repaired unless ``repair=True``; then every repair is listed in its call (``repairs`` has the rules).
+- Nothing is repaired unless ``repair=True``; then every repair is listed in its call (``json_calls`` has the rules).
 - ``<think>`` … ``</think>`` (Mistral: ``[THINK]`` … ``[/THINK]``) is thinking; a call inside it is a thought.
 
 Test it alone: ``pytest tests/formats/test_parse.py``

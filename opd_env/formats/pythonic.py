@@ -7,7 +7,15 @@ Worked example::
 
     parse_pythonic('[add(a=1, b=[2, "x"])]').calls[0].arguments      # {'a': 1, 'b': [2, 'x']}
 
-Test it alone: ``pytest tests/formats/test_parse.py``
+Gemma 2 and 3 write the same calls in a fenced block of ``tool_code``, one on each line. Their template knows no tools.
+The prompt describes them, as Google's guide to function calling with Gemma does::
+
+    <start_of_turn>model\\n                                                                   prompt
+    ```tool_code\\ncalculator(expression="6*7")\\n```<end_of_turn>                              sampled
+    \\n<start_of_turn>user\\n```tool_output\\n42\\n```<end_of_turn>\\n<start_of_turn>model\\n      appended
+    The answer is 42.<end_of_turn>                                                          sampled
+
+Test it alone: ``pytest tests/formats/test_parse.py tests/formats/test_families.py``
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from opd_env.formats.json_calls import is_unicode, repair_name
+from opd_env.formats.json_calls import broken_call, is_unicode, repair_name
 from opd_env.formats.parse import ParsedCall, ParsedTurn, Span, read_turn
 from opd_env.formats.template import TemplateFormat, join_calls
 from opd_env.messages import ToolCall
@@ -33,11 +41,13 @@ _SOURCE = "<tool call>"
 # Python warns of \\d in a string. It is the student's text: nobody who reads the log wrote it.
 warnings.filterwarnings("ignore", message="invalid ", module=_SOURCE)
 _EXAMPLE = 'write [name(argument="…")]'
+_TOOL_CODE = re.compile(r"<think>|```tool_code\s*")
+_TOOL_CODE_EXAMPLE = 'write ```tool_code\nname(argument="…")\n```'
 _NAMES = {"true": True, "false": False, "null": None}
 
 
 def parse_pythonic(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
-    """Takes a turn apart. Arguments as for ``parse_hermes``."""
+    """Takes a turn apart; arguments as for ``Parser``."""
 
     def read(match: re.Match[str], blank: bool) -> Sequence[ParsedCall]:
         if not blank:
@@ -112,8 +122,7 @@ def _read_call(raw: str, span: Span, example: str, repair: bool) -> ParsedCall:
     try:
         name, arguments = _call_of(raw)
     except _Problem as problem:
-        message = f"the call is not readable: {problem}; {example}"
-        return ParsedCall(span, raw, error=ToolErrorKind.INVALID_JSON, message=message)
+        return broken_call(span, raw, str(problem), True, example)
     if repair and not name.endswith(".call"):
         name = repair_name(name, repairs)
     return ParsedCall(span, raw, name, arguments, repairs=tuple(repairs))
@@ -199,23 +208,18 @@ def write_python_call(call: ToolCall) -> str:
 
 
 class PythonicFormat(TemplateFormat):
-    """See the module."""
+    """A list of calls as the turn."""
 
     name: ClassVar[str] = "pythonic"
     parser = staticmethod(parse_pythonic)
     text_beside_calls: ClassVar[bool] = False
 
     def write(self, content: str, calls: Sequence[ToolCall]) -> str:
-        """See ``TemplateFormat``."""
         return f"[{', '.join(map(write_python_call, calls))}]" if calls else content
 
 
-_TOOL_CODE = re.compile(r"<think>|```tool_code\s*")
-_TOOL_CODE_EXAMPLE = 'write ```tool_code\nname(argument="…")\n```'
-
-
 def parse_tool_code(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
-    """Takes a turn apart. Arguments as for ``parse_hermes``."""
+    """Takes a turn apart; arguments as for ``Parser``."""
 
     def read(match: re.Match[str], blank: bool) -> Sequence[ParsedCall]:
         return read_python_calls(
@@ -226,17 +230,7 @@ def parse_tool_code(text: str, thinking: bool = False, repair: bool = False) -> 
 
 
 class ToolCodeFormat(TemplateFormat):
-    """Gemma 2 and 3: calls in a fenced block of ``tool_code``, answers in one of ``tool_output``.
-
-    Gemma's template knows no tools. The prompt describes them, as Google's guide to function calling with Gemma does::
-
-        <start_of_turn>model\\n                                                                   prompt
-        ```tool_code\\ncalculator(expression="6*7")\\n```<end_of_turn>                              sampled
-        \\n<start_of_turn>user\\n```tool_output\\n42\\n```<end_of_turn>\\n<start_of_turn>model\\n      appended
-        The answer is 42.<end_of_turn>                                                          sampled
-
-    A block holds one call on each line, written as in ``pythonic``.
-    """
+    """Gemma's fenced block."""
 
     name: ClassVar[str] = "tool_code"
     parser = staticmethod(parse_tool_code)
@@ -251,6 +245,5 @@ What they return is given to you in a block of tool_output. Then call again, or 
     result_block: ClassVar[tuple[str, str]] = ("```tool_output\n", "\n```")
 
     def write(self, content: str, calls: Sequence[ToolCall]) -> str:
-        """See ``TemplateFormat``."""
         block = "".join(f"{write_python_call(call)}\n" for call in calls)
         return join_calls(content, f"```tool_code\n{block}```") if calls else content

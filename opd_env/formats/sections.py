@@ -1,4 +1,4 @@
-"""Calls between marker tokens in a marked section: what DeepSeek and Kimi have in common.
+"""Calls between marker tokens in a marked section: DeepSeek and Kimi.
 
 ::
 
@@ -8,7 +8,24 @@
 The JSON is read first, so that a marker inside a string is text. A section that is not closed is not finished, and
 any marker outside a section is a malformed call.
 
-Test it alone: ``pytest tests/formats/test_parse_all.py``
+DeepSeek V3, R1-0528 and V3.1::
+
+    <｜begin▁of▁sentence｜>Be brief.<｜User｜>What is 6 * 7?<｜Assistant｜></think>                    prompt
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>calculator<｜tool▁sep｜>{"expression": "6*7"}             sampled
+    <｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>
+    <｜tool▁output▁begin｜>42<｜tool▁output▁end｜>                                                      appended
+    The answer is 42.<｜end▁of▁sentence｜>                                                             sampled
+
+Kimi K2, whose calls are named by identifiers such as ``functions.calculator:0``::
+
+    <|im_user|>user<|im_middle|>What is 6 * 7?<|im_end|><|im_assistant|>assistant<|im_middle|>       prompt
+    <|tool_calls_section_begin|><|tool_call_begin|>functions.calculator:0                            sampled
+    <|tool_call_argument_begin|>{"expression": "6*7"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>
+    <|im_system|>calculator<|im_middle|>## Return of functions.calculator:0\\n42<|im_end|>             appended
+    <|im_assistant|>assistant<|im_middle|>
+    The answer is 42.<|im_end|>                                                                      sampled
+
+Test it alone: ``pytest tests/formats/test_parse_all.py tests/formats/test_families.py``
 """
 
 from __future__ import annotations
@@ -21,11 +38,13 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from opd_env.formats.chat_template import KIMI_CALL_ID
-from opd_env.formats.json_calls import JSONProblem, check_call, decode_json, repaired_call, skip_space
+from opd_env.formats.json_calls import JSONProblem, broken_call, check_call, decode_json, repaired_call, skip_space
 from opd_env.formats.parse import ParsedCall, ParsedTurn, Span, read_turn
 from opd_env.formats.template import TemplateFormat
 from opd_env.messages import ToolCall
 from opd_env.tools import ToolErrorKind
+
+_NAME = r"[^\s<{`]{1,256}"
 
 
 @dataclass(frozen=True)
@@ -37,8 +56,8 @@ class Section:
     call: str
     call_end: str
     head: str
-    """Regular expression of what stands between ``call`` and the arguments. The group ``name`` holds the name; the
-    group ``fenced`` does where the arguments stand in a block fenced by three backticks."""
+    """Regular expression of what stands between ``call`` and the arguments. The group ``name`` holds the name, or
+    the group ``fenced`` where the arguments stand in a block fenced by three backticks."""
     example: str
     """How to write a call, for error messages."""
     separator: str
@@ -54,16 +73,12 @@ class Section:
         """Where a call that cannot be read ends at the latest."""
         return re.compile("|".join(map(re.escape, (self.begin, self.end, self.call, self.call_end))))
 
-    @property
-    def _ends(self) -> tuple[str, str]:
-        return self.end, self.call_end
-
     @cached_property
     def _head(self) -> re.Pattern[str]:
         return re.compile(rf"\s*(?:{self.head})\s*")
 
     def parse(self, text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
-        """Takes a turn apart. Arguments as for ``parse_hermes``."""
+        """A ``Parser``."""
 
         def read(match: re.Match[str], blank: bool) -> Sequence[ParsedCall]:
             if match.group() == self.begin:
@@ -90,9 +105,7 @@ class Section:
                 span = Span(calls[-1].span.start, place)
                 return [*calls[:-1], ParsedCall(span, calls[-1].raw, error=kind, message=reason)]
             else:  # something else than a call
-                border = self._borders.search(text, place)
-                mark = "" if border is None else border.group()
-                stop = len(text) if border is None else border.end() if mark in self._ends else border.start()
+                mark, stop = self._border(text, place, self.end, self.call_end)
                 calls.append(self._broken(text, start, body, stop, f"{self.call} does not follow", bool(mark)))
                 if mark not in (self.call, self.call_end):
                     return calls
@@ -116,9 +129,8 @@ class Section:
             except JSONProblem as problem:
                 reason = str(problem)
         # It ends at its closing marker, or where something else begins.
-        border = self._borders.search(text, body)
-        closed = border is not None and border.group() == self.call_end
-        stop = len(text) if border is None else border.end() if closed else border.start()
+        mark, stop = self._border(text, body, self.call_end)
+        closed = mark == self.call_end
         broken = self._broken(text, start, body, stop, reason, closed)
         if repair and closed and head is not None:
             arguments = text[head.end() : stop - len(self.call_end)].strip().removesuffix(fence)
@@ -126,13 +138,17 @@ class Section:
             return repaired_call(wrapped, broken.span, self.example) or broken
         return broken
 
+    def _border(self, text: str, start: int, *inside: str) -> tuple[str, int]:
+        """The next marker (empty: there is none), and the end of the text before it, with it if it is ``inside``."""
+        border = self._borders.search(text, start)
+        if border is None:
+            return "", len(text)
+        return border.group(), border.end() if border.group() in inside else border.start()
+
     def _broken(self, text: str, start: int, body: int, stop: int, reason: str, closed: bool) -> ParsedCall:
-        kind = ToolErrorKind.INVALID_JSON if closed else ToolErrorKind.UNTERMINATED
-        message = f"the call is not {'readable' if closed else 'finished'}: {reason}; {self.example}"
-        return ParsedCall(Span(start, stop), text[body:stop].strip(), error=kind, message=message)
+        return broken_call(Span(start, stop), text[body:stop].strip(), reason, closed, self.example)
 
 
-_NAME = r"[^\s<{`]{1,256}"
 _DEEPSEEK = Section(
     begin="<｜tool▁calls▁begin｜>",
     end="<｜tool▁calls▁end｜>",
@@ -142,7 +158,7 @@ _DEEPSEEK = Section(
     head=rf"function\s*<｜tool▁sep｜>\s*(?P<fenced>{_NAME})\s*```json|(?P<name>{_NAME})\s*<｜tool▁sep｜>",
     example="write a call in the form that the system message shows",
 )
-_TOOLS = """## Tools
+_DEEPSEEK_TOOLS = """## Tools
 You can call these functions, given as JSON schemas:
 {{schemas}}
 
@@ -151,34 +167,20 @@ To call functions, write nothing after them but this, with one call for each, di
 Arguments are a JSON object that fits the function's parameters. What the functions return is given to you next."""
 
 
-def parse_deepseek(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
-    """Takes a turn apart. Arguments as for ``parse_hermes``."""
-    return _DEEPSEEK.parse(text, thinking, repair)
-
-
 class DeepSeekFormat(TemplateFormat):
-    """DeepSeek V3, R1-0528 and V3.1: calls between marker tokens.
+    """DeepSeek's: ``name<｜tool▁sep｜>{…}`` (V3.1), or ``function<｜tool▁sep｜>name`` and the JSON in a fenced block.
 
-    ::
-
-        <｜begin▁of▁sentence｜>Be brief.<｜User｜>What is 6 * 7?<｜Assistant｜></think>                prompt
-        <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>calculator<｜tool▁sep｜>{"expression": "6*7"}             sampled
-        <｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>
-        <｜tool▁output▁begin｜>42<｜tool▁output▁end｜>                                                  appended
-        The answer is 42.<｜end▁of▁sentence｜>                                                         sampled
-
-    V3, V3-0324 and R1-0528 write ``function<｜tool▁sep｜>name``, and the JSON in a fenced block. Both spellings are
-    read, whichever the template writes. The published templates write calls and results but do not describe the
-    tools: the kit does, at the end of the system message. They take arguments as JSON text.
+    Both spellings are read, whichever the template writes. The published templates write calls and results but do not
+    describe the tools: the kit does, at the end of the system message. They take arguments as JSON text.
     """
 
     name: ClassVar[str] = "deepseek"
-    parser = staticmethod(parse_deepseek)
+    parser = staticmethod(_DEEPSEEK.parse)
 
     def __init__(self, tokenizer: Any, repair: bool = False) -> None:
         self._fenced = "```json" in str(tokenizer.chat_template)
         shown = self._call("function_name", "arguments").replace("{", "{{").replace("}", "}}")
-        self.tool_section = _TOOLS.format(call=shown)
+        self.tool_section = _DEEPSEEK_TOOLS.format(call=shown)
         super().__init__(tokenizer, repair)
 
     def _call(self, name: str, arguments: str) -> str:
@@ -186,7 +188,6 @@ class DeepSeekFormat(TemplateFormat):
         return f"<｜tool▁call▁begin｜>{head}{arguments}{chr(10) + '```' if self._fenced else ''}<｜tool▁call▁end｜>"
 
     def write(self, content: str, calls: Sequence[ToolCall]) -> str:
-        """See ``TemplateFormat``."""
         blocks = [self._call(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls]
         section = f"{_DEEPSEEK.begin}{(chr(10) * self._fenced).join(blocks)}{_DEEPSEEK.end}"
         return content + section if calls else content
@@ -206,32 +207,13 @@ _KIMI = Section(
 )
 
 
-def parse_kimi(text: str, thinking: bool = False, repair: bool = False) -> ParsedTurn:
-    """Takes a turn apart. Arguments as for ``parse_hermes``."""
-    return _KIMI.parse(text, thinking, repair)
-
-
 class KimiFormat(TemplateFormat):
-    """Kimi K2: calls between marker tokens, named by identifiers such as ``functions.calculator:0``.
-
-    ::
-
-        <|im_user|>user<|im_middle|>What is 6 * 7?<|im_end|><|im_assistant|>assistant<|im_middle|>       prompt
-        <|tool_calls_section_begin|><|tool_call_begin|>functions.calculator:0                        sampled
-        <|tool_call_argument_begin|>{"expression": "6*7"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>
-        <|im_system|>calculator<|im_middle|>## Return of functions.calculator:0\\n42<|im_end|>             appended
-        <|im_assistant|>assistant<|im_middle|>
-        The answer is 42.<|im_end|>                                                                  sampled
-
-    A result names its call as the format numbers it, from 0 within the turn; numbers that the student makes up are read
-    over.
-    """
+    """Kimi's. A result names its call as the format numbers it, from 0 in each turn, whatever the student wrote."""
 
     name: ClassVar[str] = "kimi"
-    parser = staticmethod(parse_kimi)
+    parser = staticmethod(_KIMI.parse)
 
     def write(self, content: str, calls: Sequence[ToolCall]) -> str:
-        """See ``TemplateFormat``."""
         blocks = "".join(
             f"{_KIMI.call}{KIMI_CALL_ID.format(name=call.name, index=index)}{_KIMI.separator}"
             f"{json.dumps(call.arguments, ensure_ascii=False)}{_KIMI.call_end}"

@@ -1,13 +1,16 @@
 """A chat format that is derived from the tokenizer's own template, and proved on it when it is made.
 
 Families differ in how calls are written (``parser``, ``write``). What stands between turns is read off the template
-(``chat_template``), and what comes of it is proved (``prove``)::
+(``chat_template``). Then the format is proved: a conversation with calls and results is appended piece by piece, as an
+episode does it, and compared token by token with the template's text for the whole of it::
 
     chat = HermesFormat(tokenizer)          # ValueError, with the first difference, where appending gives other tokens
     chat.not_append_only                    # (): whatever is appended, the template writes the same
 
-Where ``not_append_only`` names cases, ``render_conversation`` gives the prompt that the template writes, and an episode
-goes on in a new row.
+Two differences are accepted: templates that leave out or add thinking blocks when a conversation is rendered anew
+(Qwen 3), and those that move the tools' description to the last question (Mistral). ``not_append_only`` names the cases
+in which they change the next prompt. There ``render_conversation`` gives the prompt that the template writes, and an
+episode goes on in a new row.
 
 Test it alone: ``pytest tests/formats/test_formats.py tests/formats/test_families.py``
 """
@@ -19,13 +22,15 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from opd_env.formats.base import ChatFormat, Exchange, Rendered, TokenKind
 from opd_env.formats.chat_template import CALL, OPENING, ChatTemplate, Part, Refused, without_thinking
 from opd_env.formats.parse import ParsedTurn, Parser
 from opd_env.formats.token_text import Decoded, Piece, TokenText
 from opd_env.messages import Message, ToolCall, assistant, calls_of, system, tool_message, user
+
+_THOUGHT = "<think>\nI should compute.\n</think>\n\n"
 
 
 class TemplateFormat(ChatFormat):
@@ -58,27 +63,27 @@ class TemplateFormat(ChatFormat):
         self._text = TokenText(tokenizer)
         if not self._template.describes_tools and self.tool_section is None:
             raise ValueError(f"the chat template of {self._template.name} describes no tools")
-        special = [self._text.special_id(text) for text in (self._template.end, "<|endoftext|>", "<|eom_id|>")]
-        stops = [special[0], tokenizer.eos_token_id, *special[1:]]
-        self.stop_token_ids = tuple(dict.fromkeys(index for index in stops if index is not None))
         self.markup = self._text.markup
         """Special tokens and tags with their ids: what must never arise from the text of a message."""
+        end, *others = map(self.markup.get, (self._template.end, "<|endoftext|>", "<|eom_id|>"))
+        stops = [end, tokenizer.eos_token_id, *others]
+        self.stop_token_ids = tuple(dict.fromkeys(index for index in stops if index is not None))
         self._scaffold = self._template.scaffold(self.result_block)
         self._user_scaffold = self._template.user_scaffold()
-        self.not_append_only = prove(self, self._template, tokenizer)
+        self.not_append_only = _Proof(self, self._template, tokenizer).cases()
 
     @abstractmethod
     def write(self, content: str, calls: Sequence[ToolCall]) -> str:
         """A turn as the model would write it, without the end-of-turn token."""
 
+    # In all that follows, special tokens inside a message, a schema or a tool result are plain text to the model.
+
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """See ``ChatFormat``. Special tokens written in a message or a tool's schema are plain text to the model."""
         return self.render_anew(messages, (), tools)
 
     def render_conversation(
         self, messages: Sequence[Message], exchanges: Sequence[Exchange], tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int] | None:
-        """See ``ChatFormat``. Special tokens are special where the template wrote them or the model sampled them."""
         if not self.not_append_only:
             return super().render_conversation(messages, exchanges, tools)
         try:
@@ -131,7 +136,6 @@ class TemplateFormat(ChatFormat):
         return assistant(opened + beside, [ToolCall(call.name or "", call.arguments or {}) for call in calls])
 
     def render_assistant(self, message: Message) -> list[int]:
-        """See ``ChatFormat``."""
         content, calls = message["content"], calls_of(message)
         if calls and not self.text_beside_calls:
             content = ""
@@ -143,14 +147,8 @@ class TemplateFormat(ChatFormat):
         return self.render_turn(lead + self.write(content, calls))
 
     def tool_results(self, messages: Sequence[Message]) -> Rendered:
-        """See ``ChatFormat``. Special tokens written in a result are plain text to the model.
-
-        Raises:
-            ValueError: there are no messages.
-        """
         if not messages:
             raise ValueError("a turn with calls is answered by at least one tool message")
-
         around = self._scaffold
         pieces: list[Piece] = []
         for number, message in enumerate(messages):
@@ -166,7 +164,6 @@ class TemplateFormat(ChatFormat):
         return "\n".join(f"{self.result_block[0]}{message['content']}{self.result_block[1]}" for message in messages)
 
     def user_message(self, message: Message) -> Rendered:
-        """See ``ChatFormat``. Special tokens written in the message are plain text to the model."""
         around = self._user_scaffold
         said = Piece(around.quote(message["content"]), trusted=False)
         pieces = [*self._pieces(around.before, [message], 0), said, *self._pieces(around.after, [message], 1)]
@@ -174,7 +171,6 @@ class TemplateFormat(ChatFormat):
         return Rendered(ids, [TokenKind.SCAFFOLD] * len(ids))
 
     def parse(self, ids: Sequence[int]) -> ParsedTurn:
-        """See ``ChatFormat``."""
         body = len(ids) - 1 if len(ids) and ids[-1] in self.stop_token_ids else len(ids)
         decoded = self._text.decode(ids[:body])
         turn = self.parse_text(decoded.text)
@@ -185,11 +181,9 @@ class TemplateFormat(ChatFormat):
         )
 
     def parse_text(self, text: str) -> ParsedTurn:
-        """See ``ChatFormat``."""
         return type(self).parser(text, self._template.opens_thinking, self.repair)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See ``ChatFormat``."""
         return self._text.decode(ids).text
 
     def render_turn(self, text: str) -> list[int]:
@@ -235,35 +229,9 @@ def join_calls(content: str, blocks: str) -> str:
     return f"{content}\n{blocks}" if content and blocks and not content.endswith("</think>\n\n") else content + blocks
 
 
-if TYPE_CHECKING:
-    from opd_env.formats.template import TemplateFormat
-
-_THOUGHT = "<think>\nI should compute.\n</think>\n\n"
-
-
-def prove(chat: TemplateFormat, template: ChatTemplate, tokenizer: Any) -> tuple[str, ...]:
-    """Proves a format that is otherwise whole: a conversation with calls and results is appended piece by piece, as an
-    episode does it, and compared token by token with the template of the whole.
-
-    Two differences are accepted: templates that leave out or add thinking blocks when a conversation is rendered anew
-    (Qwen 3), and those that move the tools' description to the last question (Mistral).
-
-    Args:
-        chat: the format.
-        template: what it was read off.
-        tokenizer: the one of both.
-
-    Returns:
-        The cases in which the next prompt differs, because the template rewrites thinking or moves the tools'
-        description.
-
-    Raises:
-        ValueError: the format appends other tokens than the template writes, or cannot read its calls.
-    """
-    return _Proof(chat, template, tokenizer).cases()
-
-
 class _Proof:
+    """That what a format appends is what the template writes for the whole conversation."""
+
     def __init__(self, chat: TemplateFormat, template: ChatTemplate, tokenizer: Any) -> None:
         self._chat = chat
         self._template = template
@@ -272,11 +240,13 @@ class _Proof:
         self._results = [tool_message(CALL.name, " 42\n"), tool_message(CALL.name, "é€")][:calls]
 
     def cases(self) -> tuple[str, ...]:
+        """The cases in which the next prompt differs, because the template rewrites thinking or moves the tools.
+
+        Raises:
+            ValueError: the format appends other tokens than the template writes, or cannot read its calls.
+        """
         chat, template = self._chat, self._template
-        thoughts = {"a turn without thinking": ""}
-        if template.thinks:
-            thoughts["a turn with thinking"] = _THOUGHT
-        differences = [self._difference(thought) for thought in thoughts.values()]
+        differences = [self._difference(thought) for thought in ("", _THOUGHT)[: 1 + template.thinks]]
         if all(differences) and not self._differs_in_thinking_alone():
             raise ValueError(
                 f"the chat template of {template.name} does not continue what the {chat.name} format appends: "
@@ -290,10 +260,8 @@ class _Proof:
             # The template may write an empty thinking block into its own turn; the student need not.
             call = chat.render_turn(turn if thought or template.opens_thinking else without_thinking(turn))
             answer = chat.render_assistant(assistant(f"{thought}It is 42."))
-            for case, exchange in {
-                "tool results": (call, self._results),
-                "a further question": (answer, [user("And 7 * 8?")]),
-            }.items():
+            further = (answer, [user("And 7 * 8?")])
+            for case, exchange in {"tool results": (call, self._results), "a further question": further}.items():
                 appended = ChatFormat.render_conversation(chat, OPENING, [exchange], template.tools) or []
                 whole = chat.render_anew(OPENING, [exchange], template.tools)
                 if difference := self._first_difference(whole, appended):
@@ -322,12 +290,9 @@ class _Proof:
 
     def _appended(self, turns: Sequence[str]) -> list[int]:
         chat = self._chat
-        return [
-            *chat.render_prompt(OPENING, self._template.tools),
-            *chat.render_turn(turns[0]),
-            *chat.render_tool_results(self._results),
-            *chat.render_turn(turns[1]),
-        ]
+        first, second = map(chat.render_turn, turns)
+        prompt = chat.render_prompt(OPENING, self._template.tools)
+        return [*prompt, *first, *chat.render_tool_results(self._results), *second]
 
     def _difference(self, thought: str) -> str:
         """The first difference between what is appended and the template; empty when there is none."""

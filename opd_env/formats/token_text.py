@@ -121,9 +121,9 @@ class TokenText:
             )
         self._special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         # Gemma has runs of line ends as added tokens. They are text, wherever they come from.
-        self._space_pattern = _any_of(token for token in self._special if not token.strip())
-        self._markup_pattern = _any_of(token for token in self._special if token.strip())
-        self._hidden_pattern = _any_of([*(token for token in self._special if token.strip()), _MARK])
+        self._space_pattern = any_of(token for token in self._special if not token.strip())
+        self._markup_pattern = any_of(token for token in self._special if token.strip())
+        self._hidden_pattern = any_of([*(token for token in self._special if token.strip()), _MARK])
         self._prefix, self._prefix_once = _take_prefix(spec)
         spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._plain = Tokenizer.from_str(json.dumps(spec))
@@ -133,10 +133,6 @@ class TokenText:
     def markup(self) -> dict[str, int]:
         """Added tokens and their ids, but for runs of white space."""
         return {text: index for text, index in self._special.items() if text.strip()}
-
-    def special_id(self, text: str) -> int | None:
-        """Id of an added token such as ``<|im_end|>``; None when the tokenizer has none of that text."""
-        return self._special.get(text)
 
     def holds_special(self, text: str) -> bool:
         """Whether the text would be read as special tokens by an ordinary encode."""
@@ -164,8 +160,8 @@ class TokenText:
         encoded = Encoded([], [])
         stretch = ""  # text between special tokens
         untrusted: list[bool] = []  # for every character of it
-        first = not after
-        fresh = first or self._ends_special(after)  # no text stands directly before
+        first = not after  # no text stands anywhere before; fresh: none directly before
+        fresh = first or any(match.end() == len(after) for match in self._markup_pattern.finditer(after))
 
         def flush() -> None:
             nonlocal stretch
@@ -210,9 +206,6 @@ class TokenText:
         flush()
         return encoded
 
-    def _ends_special(self, text: str) -> bool:
-        return any(match.end() == len(text) for match in self._markup_pattern.finditer(text))
-
     def decode(self, ids: Sequence[int]) -> Decoded:
         """The text of any ids, special tokens written out; ids outside the vocabulary become U+FFFD."""
         known = self._bytes
@@ -230,18 +223,16 @@ _MARK = "\ue000"
 _BROKEN = re.compile("[\udc80-\udcff]")
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the texts, the longest first; nothing when there are none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def _steps(component: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a part of a tokenizer, sequences unfolded."""
-    if component is None:
-        return []
-    inner = next((value for value in component.values() if isinstance(value, list)), None)
-    if component["type"] != "Sequence" or inner is None:
-        return [component]
+    if component is None or component["type"] != "Sequence":
+        return [] if component is None else [component]
+    inner = next(value for value in component.values() if isinstance(value, list))
     return [step for one in inner for step in _steps(one)]
 
 
@@ -251,8 +242,9 @@ def _take_prefix(spec: dict[str, Any]) -> tuple[_Prefix, bool]:
     Returns:
         The rule, and whether a text that begins with a space gets no other.
     """
-    if any(step["type"] == "Prepend" for step in _steps(spec["normalizer"])):
-        others = [step for step in _steps(spec["normalizer"]) if step["type"] != "Prepend"]
+    normalizers = _steps(spec["normalizer"])
+    others = [step for step in normalizers if step["type"] != "Prepend"]
+    if len(others) < len(normalizers):
         spec["normalizer"] = {"type": "Sequence", "normalizers": others}
         return _Prefix.ALWAYS, False
     for step in _steps(spec["pre_tokenizer"]):

@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opd_env.formats import HermesFormat
+from opd_env.formats.hermes import HermesFormat
 
 _SECTION = (HermesFormat.tool_section or "").replace("{{", "{").replace("}}", "}").split("\n{schemas}\n")
 _CHATML_OPENING = (

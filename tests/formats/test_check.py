@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from opd_env.cli.main import main
-from opd_env.formats import FORMATS, HermesFormat, get_format
+from opd_env.formats import FORMATS, get_format
 from opd_env.formats.check import check_format, check_formats
+from opd_env.formats.hermes import HermesFormat
 from opd_env.formats.parse import ParsedTurn
 from opd_env.messages import Message
 from tests.formats.families import FAMILIES, family_tokenizer
@@ -34,7 +35,7 @@ class Forgetful(HermesFormat):
 
 
 def test_faults_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd_env.formats.template.prove", lambda *of: ())
+    monkeypatch.setattr("opd_env.formats.template._Proof.cases", lambda proof: ())
     findings = {one.name: one for one in check_format(Forgetful(tiny_tokenizer()))}
     assert {name for name, one in findings.items() if one.fails} == {
         "calls read back", "text reads back", "tool text is text",

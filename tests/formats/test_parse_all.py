@@ -10,27 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_env.formats import (
-    parse_deepseek,
-    parse_hermes,
-    parse_kimi,
-    parse_llama,
-    parse_mistral,
-    parse_pythonic,
-    parse_tool_code,
-)
+from opd_env.formats import FORMATS
 from opd_env.formats.parse import ParsedTurn, Parser
 from opd_env.tools import ToolErrorKind
 
-PARSERS: dict[str, Parser] = {
-    "hermes": parse_hermes,
-    "llama": parse_llama,
-    "mistral": parse_mistral,
-    "pythonic": parse_pythonic,
-    "tool_code": parse_tool_code,
-    "deepseek": parse_deepseek,
-    "kimi": parse_kimi,
-}
+PARSERS: dict[str, Parser] = {name: family.parser for name, family in FORMATS.items()}
 GOOD = {
     "hermes": '<tool_call>\n{"name": "a", "arguments": {"x": 1}}\n</tool_call>',
     "llama": '{"name": "a", "parameters": {"x": 1}}',
@@ -79,9 +63,9 @@ def test_a_call_is_read_and_one_inside_thinking_is_a_thought(syntax: str) -> Non
 
 
 def test_thinking_has_other_tags_in_mistral() -> None:
-    turn = parse_mistral(f"[THINK]{GOOD['mistral']}[/THINK]No.")
+    turn = PARSERS["mistral"](f"[THINK]{GOOD['mistral']}[/THINK]No.")
     assert (turn.calls, turn.content) == ((), "No.")
-    assert parse_mistral(f"{GOOD['mistral']}[/THINK]No.", thinking=True).content == "No."
+    assert PARSERS["mistral"](f"{GOOD['mistral']}[/THINK]No.", thinking=True).content == "No."
 
 
 @pytest.mark.parametrize(
@@ -195,14 +179,14 @@ def test_what_is_a_call_and_what_is_not(
 
 def test_calls_of_one_block_divide_it_among_them() -> None:
     text = 'Hm. [TOOL_CALLS] [{"name": "a"}, {"name": "b"}] So.'
-    assert [text[slice(*call.span)] for call in parse_mistral(text).calls] == [
+    assert [text[slice(*call.span)] for call in PARSERS["mistral"](text).calls] == [
         '[TOOL_CALLS] [{"name": "a"},',
         ' {"name": "b"}]',
     ]
     text = "[a(x=1), b()] So."
-    assert [text[slice(*call.span)] for call in parse_pythonic(text).calls] == ["[a(x=1),", " b()]"]
+    assert [text[slice(*call.span)] for call in PARSERS["pythonic"](text).calls] == ["[a(x=1),", " b()]"]
     text = '{"name": "a", "parameters": {}}; {"name": "b", "parameters": {}}'
-    assert "".join(text[slice(*call.span)] for call in parse_llama(text).calls) == text
+    assert "".join(text[slice(*call.span)] for call in PARSERS["llama"](text).calls) == text
 
 
 PIECES = st.sampled_from(

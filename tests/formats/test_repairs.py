@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_env.formats import parse_hermes, parse_llama, parse_mistral, parse_pythonic
+from opd_env.formats import FORMATS, parse_hermes
 from opd_env.formats.json_calls import repair_json
 
 
@@ -70,15 +70,15 @@ def test_an_unfinished_call_is_never_completed() -> None:
 
 
 def test_other_syntaxes_repair_too() -> None:
-    (call,) = parse_llama('{"name": "a", "parameters": {}} The answer is 6.', repair=True).calls
+    (call,) = FORMATS["llama"].parser('{"name": "a", "parameters": {}} The answer is 6.', repair=True).calls
     assert (call.name, call.repairs) == ("a", ("text after the call",))
-    (call,) = parse_llama("{'name': 'a', 'parameters': {'x': 1}}", repair=True).calls
+    (call,) = FORMATS["llama"].parser("{'name': 'a', 'parameters': {'x': 1}}", repair=True).calls
     assert (call.arguments, call.repairs) == ({"x": 1}, ("single quotes",))
-    (call,) = parse_mistral("[TOOL_CALLS][{'name': 'a', 'arguments': {}}]", repair=True).calls
+    (call,) = FORMATS["mistral"].parser("[TOOL_CALLS][{'name': 'a', 'arguments': {}}]", repair=True).calls
     assert (call.name, call.repairs) == ("a", ("single quotes",))
-    (call,) = parse_mistral("[TOOL_CALLS]a[ARGS]{'x': 1}", repair=True).calls
+    (call,) = FORMATS["mistral"].parser("[TOOL_CALLS]a[ARGS]{'x': 1}", repair=True).calls
     assert (call.arguments, call.repairs) == ({"x": 1}, ("single quotes",))
-    (call,) = parse_pythonic("[functions.a(x=1)]", repair=True).calls
+    (call,) = FORMATS["pythonic"].parser("[functions.a(x=1)]", repair=True).calls
     assert (call.name, call.repairs) == ("a", ("dotted name",))
 
 
