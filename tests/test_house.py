@@ -9,12 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "opd_env"
 CORE = (
-    "episode", "engines/base.py", "engines/local.py", "engines/cache.py",
-    "trainer/batch.py", "trainer/math/advantages.py", "trainer/math/divergences.py", "trainer/math/logprobs.py",
-    "trainer/math/loss.py", "trainer/math/modes.py", "trainer/learn", "trainer/run/loop.py", "trainer/run/learner.py",
+    "episode", "engines/base.py", "engines/local.py", "engines/cache.py", "trainer/batch.py",
+    "trainer/math/advantages.py", "trainer/math/divergences.py", "trainer/math/logprobs.py", "trainer/math/loss.py",
+    "trainer/math/modes.py", "trainer/learn", "trainer/run/loop.py", "trainer/run/learner.py",
     "trainer/run/rollouts.py", "trainer/run/config.py",
 )  # fmt: skip
-"""Episodes, the local engine, the mathematics, learning and the loop."""
+"""What a reader must own: episodes, the local engine, the mathematics (its proof apart), learning and the loop."""
+OPTIONS = ("episode/store.py", "episode/files.py")
+"""Of these rooms, what is no part of it: how episodes are kept on a disk."""
 
 
 def lines(path: Path) -> int:
@@ -29,7 +31,7 @@ def rooms() -> list[Path]:
 def test_the_core_stays_small() -> None:
     assert all((ROOT / name).exists() for name in CORE)
     counted = {name: lines(ROOT / name) for name in CORE}
-    assert sum(counted.values()) < 6300, counted
+    assert sum(counted.values()) - sum(lines(ROOT / name) for name in OPTIONS) < 6000, counted
 
 
 @pytest.mark.parametrize("room", rooms(), ids=lambda room: str(room.relative_to(ROOT.parent)))
