@@ -12,6 +12,10 @@ Worked example::
 Importing this package is cheap: no task's module, no data set and no model library is loaded before
 ``load_task`` asks for it.
 
+Stands on ``tools`` and ``messages``; it knows no model and no tokens.
+Read first: ``base``, the contract; then ``arithmetic``. ``data``, ``graders``, ``countries`` and ``function_calls`` are
+rooms in it. Who may change it: a newcomer may add a task; a change of text, answers or grades needs a new ``version``.
+
 Test it alone: ``pytest tests/tasks``
 """
 

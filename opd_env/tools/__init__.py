@@ -20,6 +20,10 @@ Worked example::
 
 Stands on ``errors`` alone. Read first: ``contract``, then ``box``. A newcomer may add to ``builtin``; ``run`` and
 ``mcp`` change with their hostile tests, ``sandbox`` with its attacks. Test it alone: ``pytest tests/tools``
+
+Stands on ``errors`` alone; it knows no task, model or episode.
+Read first: ``contract``, then ``box``. ``run`` (where a tool's code runs), ``builtin``, ``mcp`` and ``sandbox`` are
+rooms in it. Who may change it: a newcomer may add a tool; the sandbox is sealed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs Python code that nobody has read, behind a wall of the kernel's making. See docs/sandbox.md.
+"""Runs Python code that nobody has read, behind a wall that the kernel makes (docs/sandbox.md).
 
 Worked example::
 
@@ -6,6 +6,10 @@ Worked example::
 
     with open_sandbox() as sandbox:
         sandbox.run("print(1 + 1)").output      # '2\n'
+
+Stands on Linux: namespaces or Landlock, and seccomp. ``guest`` is what runs inside, and imports nothing from outside.
+Read first: ``opening``, then ``kernel``. Who may change it: sealed; every change with all attacks of the tests, on both
+levels.
 
 Test it alone: ``pytest tests/tools/sandbox``
 """
