@@ -18,12 +18,11 @@ Worked example::
         toolbox.call("add", {"a": 1, "b": 2}).content        # '3'
         toolbox.call("add", {"a": "one"}).error              # ToolErrorKind.SCHEMA
 
-Stands on ``errors`` alone. Read first: ``contract``, then ``box``. A newcomer may add to ``builtin``; ``run`` and
-``mcp`` change with their hostile tests, ``sandbox`` with its attacks. Test it alone: ``pytest tests/tools``
+Stands on ``errors`` alone; it knows no task, model or episode. Read first: ``contract``, then ``box``. ``run`` (where a
+tool's code runs), ``builtin``, ``mcp`` and ``sandbox`` are rooms in it. Who may change it: a newcomer may add a tool to
+``builtin``; ``run`` and ``mcp`` change with their hostile tests; the sandbox is sealed.
 
-Stands on ``errors`` alone; it knows no task, model or episode.
-Read first: ``contract``, then ``box``. ``run`` (where a tool's code runs), ``builtin``, ``mcp`` and ``sandbox`` are
-rooms in it. Who may change it: a newcomer may add a tool; the sandbox is sealed.
+Test it alone: ``pytest tests/tools``
 """
 
 from __future__ import annotations
