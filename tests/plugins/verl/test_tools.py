@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("verl", reason="needs verl: make test-verl")
 
-from verl.tools.tool_catalogue import initialize_tools_from_config
+from verl.tools.tool_registry import initialize_tools_from_config
 
 
 def test_verl_makes_and_calls_our_tools_from_its_configuration(tmp_path: Any) -> None:
